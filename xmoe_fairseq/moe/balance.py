@@ -1,0 +1,66 @@
+"""Balance losses: pure functions of what routing counted.
+
+Every loss of this kind is  G * sum_i f_i P_i  over G gates, with f_i the share of tokens that count as load of gate i
+(no gradient) and P_i its mean probability (with gradient). XMoE and Switch count first choices (Eq 7); AdaMoE counts
+all choices and spreads the load of the null experts evenly over them (its Eq 6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BalanceTerms:
+    """Sums over the real tokens of one batch, so that they add up over ranks.
+
+    Attributes:
+        load_G: float32, no gradient: how many tokens load each gate.
+        prob_sum_G: float32 with gradient: sum over tokens of each gate's probability.
+        num_tokens: float32 scalar, no gradient.
+    """
+
+    load_G: Tensor
+    prob_sum_G: Tensor
+    num_tokens: Tensor
+
+
+def balance_loss(terms: BalanceTerms) -> Tensor:
+    """G * sum_i f_i P_i, a float32 scalar with gradient; 1 per choice of a token when perfectly even, 0 without tokens.
+
+    Source: Eq 7 of arXiv 2403.18926 (as in Switch, arXiv 2101.03961); Eq 6 of arXiv 2406.13233.
+    """
+    tokens = terms.num_tokens.clamp(min=1)
+    return terms.load_G.numel() * ((terms.load_G / tokens) * (terms.prob_sum_G / tokens)).sum()
+
+
+def first_choice_terms(prob_TE: Tensor, rank_TE: Tensor, real_T: Tensor | None) -> BalanceTerms:
+    """Terms of Eq 7: the load of an expert is the number of tokens whose first choice it is."""
+    return _terms((rank_TE == 0).sum(dim=0).float(), prob_TE, real_T)
+
+
+def null_averaged_terms(prob_TG: Tensor, chosen_TG: Tensor, num_true: int, real_T: Tensor | None) -> BalanceTerms:
+    """Terms of AdaMoE's Eq 6: all choices count; each null expert carries the mean load of the nulls.
+
+    Args:
+        prob_TG: float32, softmax over true experts, then null experts.
+        chosen_TG: bool, False at padding.
+        num_true: true experts; the other columns are nulls.
+        real_T: bool, False at padding; None when nothing is padding.
+    """
+    load_G = chosen_TG.sum(dim=0).float()
+    if num_true < load_G.numel():
+        load_G[num_true:] = load_G[num_true:].mean()
+    return _terms(load_G, prob_TG, real_T)
+
+
+def _terms(load_G: Tensor, prob_TG: Tensor, real_T: Tensor | None) -> BalanceTerms:
+    if real_T is None:
+        tokens = prob_TG.new_tensor(float(prob_TG.size(0)))
+        return BalanceTerms(load_G, prob_TG.sum(dim=0), tokens)
+    # torch.where, not a product: a NaN at a padded position must not reach the loss
+    prob_sum_G = torch.where(real_T.unsqueeze(-1), prob_TG, 0.0).sum(dim=0)
+    return BalanceTerms(load_G, prob_sum_G, real_T.sum().float())

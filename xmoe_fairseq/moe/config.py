@@ -1,0 +1,153 @@
+"""What a mixture-of-experts layer is made of: one frozen record that checks itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .activations import ACTIVATIONS
+from .plan import UNWANTED
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Shape, router and capacity of one mixture-of-experts feed-forward layer.
+
+    Attributes:
+        embed_dim: model width D.
+        num_experts: experts E (true experts; null experts are counted apart).
+        expert_dim: hidden units F of ONE expert. A dense FFN of 2048 units cut in four has 512.
+        router: a registered router name: threshold, top_k, switch, hash, base, adamoe, or one of your own.
+        threshold: probability mass t a token's experts must reach, in [0, 1] (Eq 5). 0: top-1. 1: every expert.
+        top_k: experts a token takes (top_k, adamoe, merge_experts); None where the router does not count.
+        num_null_experts: experts that compute nothing (adamoe, arXiv 2406.13233).
+        capacity_factor: gamma of Eq 3 in training, > 0; None trains without drops.
+        eval_capacity_factor: gamma at inference. None (default) drops nothing, so that the translation of a sentence does
+            not depend on its neighbours. A number saves compute but makes outputs depend on the batch, on its
+            order and, in a decoder, on later tokens.
+        min_capacity: rows every expert may take however small the batch (never more than there are tokens).
+        activation: name of the function between the two linear maps.
+        activation_dropout: dropout probability on the hidden units, in [0, 1).
+        merge_experts: MEO (arXiv 2310.09832): merge the chosen experts' matrices per sentence and compute once.
+        token_adapter: MEO's token-level bottleneck before each merged linear map.
+        normalize_weights: divide the weights of a token by their sum over its chosen experts (Mixtral,
+            arXiv 2401.04088); off in XMoE, whose weights are the raw probabilities (Eq 2).
+        input_jitter: in training the router sees x * U(1 - j, 1 + j) (Switch, arXiv 2101.03961).
+        router_noise: none, gumbel or gaussian noise on the logits that choose, in training only (the weights stay
+            those of the clean logits; gaussian as in arXiv 1701.06538 with standard deviation 1 / E).
+        z_loss_weight: weight of the router z-loss mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
+        shared_expert_dim: hidden units of one FFN that every token passes beside its experts
+            (DeepSeekMoE, arXiv 2401.06066); 0 for none.
+        hash_seed: seed of the hash router's fixed random hash.
+        compute: how experts are computed: auto (measured rules in experts.py), bmm, grouped, loop or masked.
+
+    Raises:
+        ValueError: a value that is not allowed, with the way out.
+    """
+
+    embed_dim: int
+    num_experts: int
+    expert_dim: int
+    router: str = "threshold"
+    threshold: float = 0.9
+    top_k: int | None = None
+    num_null_experts: int = 0
+    capacity_factor: float | None = 2.0
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 4
+    activation: str = "gelu"
+    activation_dropout: float = 0.0
+    merge_experts: bool = False
+    token_adapter: bool = False
+    normalize_weights: bool = False
+    input_jitter: float = 0.0
+    router_noise: str = "none"
+    z_loss_weight: float = 0.0
+    shared_expert_dim: int = 0
+    hash_seed: int = 1
+    compute: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_experts", "expert_dim", "min_capacity"):
+            _require(getattr(self, name) >= 1, f"moe {name} ({getattr(self, name)}) must be at least 1")
+        gates = self.num_experts + self.num_null_experts
+        _require(gates < UNWANTED, f"moe num_experts + null experts ({gates}) must be below {UNWANTED}")
+        for name in ("num_null_experts", "shared_expert_dim", "z_loss_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"moe {name} ({value}) must not be negative; 0 turns it off")
+        _require(
+            0.0 <= self.threshold <= 1.0,
+            f"moe_threshold ({self.threshold}) must be a probability mass in [0, 1]; 0.9 is the paper's, 0 is top-1",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            allowed = value is None or (value > 0 and math.isfinite(value))
+            _require(allowed, f"moe_{name} ({value}) must be > 0; 1 is an even share per expert, None never drops")
+        for name in ("input_jitter", "activation_dropout"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"moe {name} ({value}) must be in [0, 1)")
+        _require_one_of("moe activation", self.activation, ACTIVATIONS)
+        _require_one_of("moe_router_noise", self.router_noise, ("none", "gumbel", "gaussian"))
+        _require_one_of("moe_compute", self.compute, ("auto", "bmm", "grouped", "loop", "masked"))
+        self._check_router()
+
+    def _check_router(self) -> None:
+        from .routers import router_class  # the registry imports this module
+
+        if self.top_k is not None:
+            _require(
+                1 <= self.top_k <= self.num_experts + self.num_null_experts,
+                f"moe_top_k ({self.top_k}) must be between 1 and the number of experts "
+                f"({self.num_experts + self.num_null_experts}); lower moe_top_k or raise moe_num_experts",
+            )
+        _require(
+            not self.num_null_experts or router_class(self.router).has_null_experts,
+            f"moe_null_experts ({self.num_null_experts}) works with moe_router adamoe, not {self.router}; "
+            "set moe_null_experts 0 or moe_router adamoe",
+        )
+        if self.merge_experts:
+            self._check_merge()
+        else:
+            _require(not self.token_adapter, "moe_token_adapter needs moe_merge_experts; set both or neither")
+            router_class(self.router).check(self)
+
+    def _check_merge(self) -> None:
+        _require(
+            self.top_k is not None,
+            "moe_merge_experts needs moe_top_k: the number of experts to merge; MEO's own default is 4",
+        )
+        _require(
+            self.router == "top_k",
+            f"moe_merge_experts gates per sentence and ignores moe_router {self.router}; set moe_router top_k",
+        )
+        _require(
+            self.capacity_factor is None and self.eval_capacity_factor is None,
+            f"moe_merge_experts serves every token: moe_capacity_factor ({self.capacity_factor}) and "
+            f"moe_eval_capacity_factor ({self.eval_capacity_factor}) must be None (on the command line: none)",
+        )
+
+    def capacity(self, num_real_tokens: int, training: bool) -> int | None:
+        """Rows one expert may take (Eq 3), or None for no limit.
+
+        C = ceil(gamma * T / E), at least ``min_capacity``, never above T, the real tokens of the batch on this rank.
+        """
+        gamma = self.capacity_factor if training else self.eval_capacity_factor
+        if gamma is None:
+            return None
+        even_share = math.ceil(gamma * num_real_tokens / self.num_experts)
+        return min(max(even_share, self.min_capacity), num_real_tokens)
+
+    @property
+    def flops_per_row(self) -> int:
+        """FLOPs of one expert on one row, 2 per multiply-add; biases and activation not counted."""
+        return 4 * self.embed_dim * self.expert_dim
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_one_of(name: str, value: str, allowed: object) -> None:
+    if value not in allowed:  # type: ignore[operator]
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(allowed)}")  # type: ignore[attr-defined]

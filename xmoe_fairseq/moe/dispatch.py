@@ -1,0 +1,181 @@
+"""Rows by expert, and back by token.
+
+A ``RowLayout`` says where each kept (token, expert) pair of a plan lies in a flat list of rows, and multiplies those
+rows with their experts' matrices. Axis letters: T tokens; D, F widths; E experts; A assignments of the plan; R rows of
+the layout (A, or E x C where rows are padded to the fullest expert); C rows of the fullest expert; X experts with rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .plan import RoutingPlan
+
+
+class RowLayout:
+    """Ragged rows: A rows in the plan's order. Subclasses multiply; none changes the result, only the speed.
+
+    Attributes:
+        token_R: int64, the token of each row.
+        weight_R: float32, the routing weight of each row; 0 for rows that only pad.
+    """
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        self.plan = plan
+        self.num_tokens = plan.num_tokens
+        self.token_R = plan.token_index_A
+        self.slot_A: Tensor | None = None
+
+    def spread(self, value_A: Tensor) -> Tensor:
+        """A value per assignment -> a value per row."""
+        return value_A
+
+    def collect(self, value_R: Tensor) -> Tensor:
+        """A value per row -> a value per assignment."""
+        return value_R if self.slot_A is None else value_R.index_select(0, self.slot_A)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (R, D)."""
+        return x_TD.index_select(0, self.token_R)
+
+    def combine(self, out_RD: Tensor, weight_A: Tensor | None) -> Tensor:
+        """Sum each token's rows, scaled by ``weight_A`` (None: by 1): (R, D) -> (T, D). Deterministic.
+
+        ``embedding_bag`` sums the rows of a token without writing scaled copies; ``index_add_`` is an order of
+        magnitude slower on a CPU and not deterministic on CUDA.
+        """
+        order_A, start_T = self._by_token()
+        weight = None if weight_A is None else weight_A.index_select(0, order_A).to(out_RD.dtype)
+        slot_A = order_A if self.slot_A is None else self.slot_A.index_select(0, order_A)
+        return torch.nn.functional.embedding_bag(slot_A, out_RD, start_T, mode="sum", per_sample_weights=weight)
+
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        order_A = torch.argsort(self.plan.token_index_A, stable=True)
+        count_T = torch.bincount(self.plan.token_index_A, minlength=self.num_tokens)
+        return order_A, count_T.cumsum(0) - count_T
+
+    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+        """Each row times its expert's matrix, plus its bias: (R, O)."""
+        raise NotImplementedError
+
+    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
+        """Each row's gradient times its expert's transposed matrix: (R, I)."""
+        raise NotImplementedError
+
+    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        """Sum over an expert's rows of the outer products: (E, I, O); 0 for idle experts."""
+        raise NotImplementedError
+
+    def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        """Sum over an expert's rows, scaled by ``weight_R`` (float32) if given: (E, O)."""
+        if weight_R is not None:
+            grad_RO = grad_RO * weight_R.unsqueeze(-1).to(grad_RO.dtype)
+        return torch.segment_reduce(grad_RO.float(), "sum", lengths=self.plan.count_E, initial=0.0).to(grad_RO.dtype)
+
+    def bias_inner(self, grad_RO: Tensor, bias_EO: Tensor) -> Tensor:
+        """Inner product of each row with its expert's bias: (R,)."""
+        return torch.linalg.vecdot(grad_RO, bias_EO.index_select(0, self.plan.expert_index_A))
+
+
+class BatchedRows(RowLayout):
+    """Rows padded to the fullest expert: R = E x C, one batched GEMM. A padding row repeats a real row at weight 0."""
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__(plan)
+        self.num_experts = plan.count_E.numel()
+        self.fullest = int(plan.count_E.max())
+        if self.num_experts * self.fullest == plan.token_index_A.numel():
+            return  # every expert is equally full: nothing to pad
+        start_E = plan.count_E.cumsum(0) - plan.count_E
+        place_A = torch.arange(plan.token_index_A.numel(), device=start_E.device) - start_E[plan.expert_index_A]
+        self.slot_A = plan.expert_index_A * self.fullest + place_A
+        filler = plan.token_index_A[0]
+        self.token_R = filler.repeat(self.num_experts * self.fullest)
+        self.token_R[self.slot_A] = plan.token_index_A
+
+    def spread(self, value_A: Tensor) -> Tensor:
+        if self.slot_A is None:
+            return value_A
+        return value_A.new_zeros(self.num_experts * self.fullest).index_copy_(0, self.slot_A, value_A)
+
+    def _stack(self, rows: Tensor) -> Tensor:
+        return rows.view(self.num_experts, self.fullest, rows.size(-1))
+
+    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+        return torch.baddbmm(bias_EO.unsqueeze(1), self._stack(in_RI), weight_EIO).flatten(0, 1)
+
+    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
+        return torch.bmm(self._stack(grad_RO), weight_EIO.transpose(1, 2)).flatten(0, 1)
+
+    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        return torch.bmm(self._stack(in_RI).transpose(1, 2), self._stack(grad_RO))
+
+    def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
+        if weight_R is None:
+            return self._stack(grad_RO).sum(dim=1)
+        weight_E1C = weight_R.to(grad_RO.dtype).view(self.num_experts, 1, self.fullest)
+        return torch.bmm(weight_E1C, self._stack(grad_RO)).squeeze(1)
+
+    def bias_inner(self, grad_RO: Tensor, bias_EO: Tensor) -> Tensor:
+        return torch.bmm(self._stack(grad_RO), bias_EO.unsqueeze(-1)).view(-1)
+
+
+class GroupedRows(RowLayout):
+    """Ragged groups through ``torch.nn.functional.grouped_mm``."""
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__(plan)
+        self.end_E = plan.count_E.cumsum(0).int()
+
+    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+        out_RO = torch.nn.functional.grouped_mm(in_RI, weight_EIO, offs=self.end_E)
+        return out_RO.add_(bias_EO.index_select(0, self.plan.expert_index_A))
+
+    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
+
+    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
+
+
+class LoopRows(RowLayout):
+    """One GEMM per expert that has rows; idle experts cost nothing. Reads the counts on the host."""
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__(plan)
+        counts = plan.count_E.tolist()
+        self.num_experts = len(counts)
+        self.slices: list[tuple[int, slice]] = []
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                self.slices.append((expert, slice(start, start + count)))
+                start += count
+
+    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+        out_RO = in_RI.new_empty(in_RI.size(0), weight_EIO.size(2))
+        for expert, rows in self.slices:
+            torch.addmm(bias_EO[expert], in_RI[rows], weight_EIO[expert], out=out_RO[rows])
+        return out_RO
+
+    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
+        in_RI = grad_RO.new_empty(grad_RO.size(0), weight_EIO.size(1))
+        for expert, rows in self.slices:
+            torch.mm(grad_RO[rows], weight_EIO[expert].t(), out=in_RI[rows])
+        return in_RI
+
+    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        weight_EIO = grad_RO.new_zeros(self.num_experts, in_RI.size(1), grad_RO.size(1))
+        for expert, rows in self.slices:
+            torch.mm(in_RI[rows].t(), grad_RO[rows], out=weight_EIO[expert])
+        return weight_EIO
+
+
+def groupable(*widths: int, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped GEMM takes matrices of these widths: rows of whole 16 bytes, and a torch that has it."""
+    per_unit = 16 // dtype.itemsize
+    return hasattr(torch.nn.functional, "grouped_mm") and all(width % per_unit == 0 for width in widths)
+
+
+LAYOUTS: dict[str, type[RowLayout]] = {"bmm": BatchedRows, "grouped": GroupedRows, "loop": LoopRows}

@@ -1,0 +1,176 @@
+"""Many small feed-forward networks with stacked weights, computed together.
+
+Axis letters: T tokens; D model width; E experts; F hidden units of one expert; A assignments (kept rows), sorted by
+expert; R rows of a layout (dispatch.py).
+
+Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
+
+    bmm      rows padded to the fullest expert, one batched GEMM: best on CPUs when loads are even, as they are in
+             training, where capacity fills most experts to the brim.
+    grouped  torch's grouped GEMM over ragged groups: CUDA, and uneven loads.
+    loop     one GEMM per expert that has rows: few rows, as in incremental decoding.
+    masked   all experts on all tokens, weight 0 where not kept: tiny experts or nearly full choice, where gathering a
+             row costs more than computing it (dense-as-XMoE at t = 1, experts of size 1).
+
+In the first three, gather, experts and combine are one autograd function. It keeps the layer's input and one
+pre-activation per kept row and hidden unit, T x D + R x F numbers; gathered inputs and expert outputs are not kept (the
+idea of SonicMoE, arXiv 2512.14080): inputs are gathered again, and the gradient of a routing weight is the inner
+product of an expert's hidden activation with its gradient. So memory does not grow with granularity at fixed FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .activations import ACTIVATIONS
+from .config import MoEConfig
+from .dispatch import LAYOUTS, RowLayout, groupable
+from .plan import RoutingPlan
+
+# Below this many rows a GEMM per active expert beats batching, whose padding and idle experts cost more (decoding).
+LOOP_ROWS = 256
+# Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
+GATHER_UNITS = 42
+# bmm computes padding; beyond this many computed rows per kept row the ragged GEMM wins.
+BMM_PADDING = 1.3
+
+
+class Experts(nn.Module):
+    """E independent two-layer networks: expert e is ``activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]``.
+
+    State: ``w1`` (E, D, F), ``b1`` (E, F), ``w2`` (E, F, D), ``b2`` (E, D). Each expert has its own random start, that of
+    two ``nn.Linear`` layers.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
+        self.config = config
+        self.w1 = nn.Parameter(torch.empty(experts, width, hidden))
+        self.b1 = nn.Parameter(torch.empty(experts, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, width))
+        self.b2 = nn.Parameter(torch.empty(experts, width))
+        for weight, bias, fan_in in ((self.w1, self.b1, width), (self.w2, self.b2, hidden)):
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # row counts depend on data: one graph break, no recompiles
+    def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
+        weights = [self.w1, self.b1, self.w2, self.b2]
+        dtype = _compute_dtype(x_TD)
+        x_TD, *weights = (tensor.to(dtype) for tensor in (x_TD, *weights))
+        path = choose_path(self.config, plan, dtype)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            if path == "masked":
+                return self._masked(x_TD, plan, weights)
+            dropout = self.config.activation_dropout if self.training else 0.0
+            layout = LAYOUTS[path if plan.token_index_A.numel() else "loop"](plan)
+            return _ExpertSum.apply(x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout)
+
+    def _masked(self, x_TD: Tensor, plan: RoutingPlan, weights: list[Tensor]) -> Tensor:
+        """Every expert on every token, as one dense FFN of E x F hidden units, with unkept weights 0."""
+        w1_EDF, b1_EF, w2_EFD, b2_ED = weights
+        num_experts, width, hidden = w1_EDF.shape
+        served_T = plan.experts_per_token_T > 0
+        x_TD = x_TD.masked_fill(~served_T.unsqueeze(-1), 0.0)  # what padding holds must not matter, NaN included
+        weight_TE = plan.weight_A.new_zeros(plan.num_tokens, num_experts)
+        weight_TE = weight_TE.index_put((plan.token_index_A, plan.expert_index_A), plan.weight_A).to(x_TD.dtype)
+        pre = torch.addmm(b1_EF.reshape(-1), x_TD, w1_EDF.permute(1, 0, 2).reshape(width, num_experts * hidden))
+        hidden_TEF = ACTIVATIONS[self.config.activation].forward(pre).view(-1, num_experts, hidden)
+        if self.training and self.config.activation_dropout:
+            hidden_TEF = nn.functional.dropout(hidden_TEF, self.config.activation_dropout)
+        weighted = (hidden_TEF * weight_TE.unsqueeze(-1)).view(-1, num_experts * hidden)
+        return weighted @ w2_EFD.reshape(num_experts * hidden, width) + weight_TE @ b2_ED
+
+
+def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:
+    """Which of the four ways computes this plan; ``config.compute`` overrides the rules.
+
+    Only shapes and, on a CPU, the fullest expert's count are looked at: on CUDA there is no synchronisation here.
+    """
+    if config.compute != "auto":
+        return config.compute
+    rows = plan.token_index_A.numel()
+    pairs = plan.num_tokens * config.num_experts
+    if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
+        return "masked"
+    ragged = "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
+    if plan.token_index_A.device.type != "cpu":
+        return ragged
+    if rows <= LOOP_ROWS:
+        return "loop"
+    computed = int(plan.count_E.max()) * config.num_experts
+    return "bmm" if computed <= BMM_PADDING * rows else ragged
+
+
+def _compute_dtype(x_TD: Tensor) -> torch.dtype:
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x_TD.dtype
+
+
+class _ExpertSum(torch.autograd.Function):
+    """Gather, experts, combine; see the module's docstring for what is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weight_A: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        layout: RowLayout,
+        activation: str,
+        dropout: float,
+    ) -> Tensor:
+        pre_RF = layout.linear(layout.gather(x_TD), w1, b1)
+        hidden_RF = ACTIVATIONS[activation].forward(pre_RF)
+        keep_RF = _dropout_scale(hidden_RF, dropout)
+        if keep_RF is not None:
+            hidden_RF = hidden_RF.mul_(keep_RF)
+        ctx.save_for_backward(x_TD, weight_A, w1, b1, w2, b2, pre_RF, keep_RF)
+        ctx.layout, ctx.activation = layout, activation
+        return layout.combine(layout.linear(hidden_RF, w2, b2), weight_A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_A, w1, _, w2, b2, pre_RF, keep_RF = ctx.saved_tensors
+        layout, activation = ctx.layout, ACTIVATIONS[ctx.activation]
+        grad_RD = layout.gather(grad_TD.contiguous())
+        weight_R = layout.spread(weight_A)
+        weight_R1 = weight_R.unsqueeze(-1).to(grad_RD.dtype)
+        hidden_RF = activation.forward(pre_RF)
+        grad_RF = layout.input_gradient(grad_RD, w2)
+        if keep_RF is not None:
+            hidden_RF, grad_RF = hidden_RF.mul_(keep_RF), grad_RF.mul_(keep_RF)
+        # y = weight * (hidden @ w2 + b2): both parts pair with the same gradient row
+        inner_R = torch.linalg.vecdot(hidden_RF, grad_RF) + layout.bias_inner(grad_RD, b2)
+        grad_weight_A = layout.collect(inner_R).to(weight_A.dtype)
+        grad_b2 = layout.bias_gradient(grad_RD, weight_R)
+        grad_w2 = layout.weight_gradient(hidden_RF.mul_(weight_R1), grad_RD)
+        del hidden_RF, grad_RD
+        grad_pre_RF = activation.backward(grad_RF.mul_(weight_R1), pre_RF)
+        del grad_RF
+        grad_w1 = layout.weight_gradient(layout.gather(x_TD), grad_pre_RF)
+        grad_b1 = layout.bias_gradient(grad_pre_RF)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = layout.combine(layout.input_gradient(grad_pre_RF, w1), None)
+        return grad_x, grad_weight_A, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
+
+
+def _dropout_scale(like: Tensor, probability: float) -> Tensor | None:
+    if probability == 0:
+        return None
+    return torch.empty_like(like).bernoulli_(1 - probability).div_(1 - probability)

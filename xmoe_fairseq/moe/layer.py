@@ -1,0 +1,109 @@
+"""MoELayer: route, dispatch, compute, combine; no mathematics of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .activations import ACTIVATIONS
+from .capacity import make_plan
+from .config import MoEConfig
+from .experts import Experts
+from .plan import RoutingPlan
+from .routers import build_router
+
+
+class MoELayer(nn.Module):
+    """A sparse mixture of experts in place of a transformer's feed-forward network.
+
+    ``y, plan = layer(x, padding=None, token_ids=None)``. The output of a token depends on that token alone unless a
+    capacity is in force (training, or ``eval_capacity_factor``).
+
+    State: ``router.*`` (routers/), ``experts.{w1,b1,w2,b2}`` (experts.py), ``shared.*`` if there is a shared expert.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        if config.merge_experts:
+            raise ValueError("merge_experts is computed by MergedMoELayer; build layers with build_moe_layer(config)")
+        self.config = config
+        self.router = build_router(config)
+        self.experts = Experts(config)
+        self.shared = SharedExpert(config) if config.shared_expert_dim else None
+
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, RoutingPlan]:
+        """Route every token that is not padding.
+
+        Args:
+            x: floating point (..., D).
+            padding: bool (...), True at padding: not routed, not counted in capacity, loss or statistics; output 0.
+            token_ids: int64 (...), vocabulary indices; only the hash router needs them.
+        Returns:
+            ``y`` like ``x``, and the plan that was computed.
+        Raises:
+            ValueError: shapes that do not fit, or a missing input.
+        """
+        x_TD, real_T, ids_T = self._flatten(x, padding, token_ids)
+        num_real = torch.tensor(x_TD.size(0), device=x.device) if real_T is None else real_T.sum()
+        limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
+        # with padding this is a host synchronisation on CUDA: the capacity must be a number
+        capacity = self.config.capacity(int(num_real), self.training) if limited else None
+        plan = make_plan(self.router(x_TD, real_T, ids_T), capacity=capacity, num_real_tokens=num_real)
+        y_TD = self.experts(x_TD, plan)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, real_T)
+        return y_TD.to(x.dtype).view(x.shape), plan
+
+    def _flatten(
+        self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if x.size(-1) != self.config.embed_dim or not x.is_floating_point():
+            raise ValueError(
+                f"x must be floating point (..., {self.config.embed_dim}), got {x.dtype} {tuple(x.shape)}"
+            )
+        for name, given in (("padding", padding), ("token_ids", token_ids)):
+            if given is not None and given.shape != x.shape[:-1]:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}, x needs {tuple(x.shape[:-1])}")
+        real_T = None if padding is None else ~padding.reshape(-1).bool()
+        return x.reshape(-1, x.size(-1)), real_T, None if token_ids is None else token_ids.reshape(-1)
+
+
+class SharedExpert(nn.Module):
+    """One FFN that every token passes, whatever it chose (DeepSeekMoE, arXiv 2401.06066); output 0 at padding."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.shared_expert_dim)
+        self.fc2 = nn.Linear(config.shared_expert_dim, config.embed_dim)
+        self.activation = ACTIVATIONS[config.activation].forward
+
+    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
+        y_TD: Tensor = self.fc2(self.activation(self.fc1(x_TD)))
+        return y_TD if real_T is None else y_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+
+
+@contextmanager
+def record_plans(module: nn.Module) -> Iterator[dict[str, list[RoutingPlan]]]:
+    """Collect the plans of every MoE layer inside ``module`` while the block runs: layer name -> plans in call order.
+
+    Plans come with gradient. Under activation checkpointing (non-reentrant) the recomputation runs after the block and
+    is not recorded twice.
+    """
+    plans: dict[str, list[RoutingPlan]] = {}
+
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        return lambda _layer, _inputs, output: plans.setdefault(name, []).append(output[1])
+
+    handles = [
+        layer.register_forward_hook(keep(name)) for name, layer in module.named_modules() if isinstance(layer, MoELayer)
+    ]
+    try:
+        yield plans
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,84 @@
+"""RoutingPlan: all that routing tells the rest of the house.
+
+Axis letters: T tokens of the flattened batch, padding included; E experts; A assignments, that is kept (token,
+expert) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .balance import BalanceTerms, balance_loss
+
+# A rank that no choice reaches: marks the experts a token does not want. 15 bits, so that a rank, a probability and a
+# token index fit one int64 key (capacity.py); MoEConfig allows no more gates than that.
+UNWANTED = 2**15 - 1
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a router wants, before capacity.
+
+    Attributes:
+        rank_TE: int32, 0 for a token's first choice, 1 for its second, ..., ``UNWANTED`` where the expert is not wanted.
+            Rows of padding are all ``UNWANTED``.
+        score_TE: float32 >= 0, no gradient: within one rank an expert serves higher scores first.
+        weight_TE: float32 with gradient: what the output of expert e is multiplied with for token t.
+        balance: what the balance loss needs; None for a router without one.
+        entropy: float32 scalar, nats, mean over real tokens of the router's entropy; 0 where it has no probabilities.
+        z_loss: float32 scalar with gradient, already weighted; None when off.
+    """
+
+    rank_TE: Tensor
+    score_TE: Tensor
+    weight_TE: Tensor
+    balance: BalanceTerms | None
+    entropy: Tensor
+    z_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """What is really computed: the kept (token, expert) pairs, sorted by expert, then by token.
+
+    Attributes:
+        token_index_A: int64, row of the flattened batch, in [0, num_tokens).
+        expert_index_A: int64, ascending, in [0, E).
+        weight_A: float32, multiplies the expert's output; carries the router's gradient.
+        count_E: int64, kept rows per expert; sums to A.
+        wanted_E: int64, rows asked for before capacity; wanted - count were dropped.
+        num_tokens: T, padding included.
+        num_real_tokens: int64 scalar tensor, padding excluded: the denominator of every rate.
+        balance: terms of the balance loss; None where the router has none.
+        entropy: float32 scalar, nats: mean entropy of the router over real tokens.
+        z_loss: float32 scalar with gradient, weighted; None when off.
+        capacity: rows one expert could take; None when nothing is ever dropped.
+    """
+
+    token_index_A: Tensor
+    expert_index_A: Tensor
+    weight_A: Tensor
+    count_E: Tensor
+    wanted_E: Tensor
+    num_tokens: int
+    num_real_tokens: Tensor
+    balance: BalanceTerms | None
+    entropy: Tensor
+    z_loss: Tensor | None
+    capacity: int | None
+
+    @cached_property
+    def balance_loss(self) -> Tensor:
+        """Scalar float32 with gradient: the router's balance loss, unweighted; 0 where it has none."""
+        if self.balance is None:
+            return self.weight_A.new_zeros(())
+        return balance_loss(self.balance)
+
+    @cached_property
+    def experts_per_token_T(self) -> Tensor:
+        """int64 (T,): experts that really computed each token."""
+        return torch.bincount(self.token_index_A, minlength=self.num_tokens)

@@ -1,0 +1,42 @@
+"""AdaMoE: top-k over true and null experts; a null expert computes nothing (arXiv 2406.13233)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..balance import null_averaged_terms
+from ..ordering import sort_descending
+from ..plan import UNWANTED, Choices
+from .base import probability_choices, rank_matrix, register_router
+from .top_k import TopKRouter
+
+
+@register_router("adamoe")
+class AdaMoERouter(TopKRouter):
+    """Top-k over E + m gates; weights are renormalised over the chosen true experts; null choices leave before capacity.
+
+    A token whose k choices are all null experts passes unchanged (its output is 0); k > m forbids that. State:
+    ``weight`` (E + m, D), true experts first.
+    """
+
+    has_null_experts = True
+
+    @property
+    def num_gates(self) -> int:
+        return self.config.num_experts + self.config.num_null_experts
+
+    def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
+        num_true = self.config.num_experts
+        with torch.no_grad():
+            score_TG = self.selection_score(prob_TG)
+            expert_TK = sort_descending(score_TG)[1][:, : self.num_choices]
+            rank_TG = rank_matrix(expert_TK, None, prob_TG.size(-1), real_T)
+        return probability_choices(
+            prob_TG[:, :num_true],
+            rank_TG[:, :num_true].contiguous(),
+            real_T,
+            normalize=True,
+            score_TE=score_TG[:, :num_true],
+            balance=null_averaged_terms(prob_TG, rank_TG != UNWANTED, num_true, real_T),
+        )

@@ -1,0 +1,174 @@
+"""What every router shares: the registry, the gate's weights and the float32 probabilities.
+
+Axis letters: T tokens, padding included; D model width; E experts; G gates (E, and null experts where there are any).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..balance import BalanceTerms, first_choice_terms
+from ..config import MoEConfig
+from ..plan import UNWANTED, Choices
+
+ROUTERS: dict[str, type[Router]] = {}
+RouterClass = TypeVar("RouterClass", bound="type[Router]")
+
+
+def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
+    """Class decorator: make ``MoEConfig(router=name)`` and ``--moe-router name`` build this router."""
+
+    def register(cls: RouterClass) -> RouterClass:
+        known = ROUTERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+        ROUTERS[name] = cls
+        return cls
+
+    return register
+
+
+def router_class(name: str) -> type[Router]:
+    """The registered class; ValueError with the known names otherwise."""
+    if name not in ROUTERS:
+        raise ValueError(
+            f"moe_router {name!r} is not known; choose one of {', '.join(sorted(ROUTERS))}, "
+            "or register your own in the --user-dir package"
+        )
+    return ROUTERS[name]
+
+
+def build_router(config: MoEConfig) -> Router:
+    """The router that ``config`` names, with fresh weights."""
+    return router_class(config.router)(config)
+
+
+class Router(nn.Module):
+    """Linear gate with a softmax (Eq 1); subclasses decide who is chosen.
+
+    A subclass implements ``choose``; ``check`` refuses settings it cannot serve. State: ``weight`` (G, D) float32.
+    """
+
+    has_null_experts = False
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(self.num_gates, config.embed_dim))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    @property
+    def num_gates(self) -> int:
+        return self.config.num_experts
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        """Raise ValueError when this router cannot serve ``config``."""
+        if config.router_noise != "none":
+            raise ValueError(
+                f"moe_router_noise {config.router_noise} works with the routers top_k, switch and adamoe, "
+                f"not {config.router}; set moe_router_noise none"
+            )
+
+    def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
+        """Decide for one batch.
+
+        Args:
+            prob_TG: float32 with gradient, rows sum to 1.
+            real_T: bool, False at padding; None when nothing is padding.
+            token_ids_T: int64 vocabulary indices, or None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define choose()")
+
+    def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
+        """Scores are float32, under autocast and in half precision too."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TG = self._router_input(x_TD) @ self.weight.float().t()
+            prob_TG = logits_TG.softmax(dim=-1)
+            choices = self.choose(prob_TG, real_T, token_ids_T)
+        return _with_statistics(choices, logits_TG, prob_TG, real_T, self.config.z_loss_weight)
+
+    def _router_input(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD.float()
+        jitter = self.config.input_jitter
+        if self.training and jitter > 0:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+        return x_TD
+
+    def selection_score(self, prob_TG: Tensor) -> Tensor:
+        """Non-negative float32 score that orders the choices: the probability, with noise if training asks for it."""
+        prob_TG = prob_TG.detach()
+        noise = self.config.router_noise
+        if not self.training or noise == "none":
+            return prob_TG
+        if noise == "gumbel":
+            disturbance = -torch.empty_like(prob_TG).exponential_().log()
+        else:
+            disturbance = torch.randn_like(prob_TG) / prob_TG.size(-1)
+        return (prob_TG.clamp(min=torch.finfo(torch.float32).tiny).log() + disturbance).softmax(dim=-1)
+
+
+def rank_matrix(expert_TK: Tensor, chosen_TK: Tensor | None, num_gates: int, real_T: Tensor | None) -> Tensor:
+    """int32 (T, G): position of each gate among a token's choices, ``UNWANTED`` elsewhere and at padding.
+
+    Args:
+        expert_TK: int64, gates from first choice to last, all different in a row.
+        chosen_TK: bool, False where a position is not chosen; None when all are.
+    """
+    num_tokens, num_ranks = expert_TK.shape
+    rank_TK = torch.arange(num_ranks, dtype=torch.int32, device=expert_TK.device).expand(num_tokens, num_ranks)
+    if chosen_TK is not None:
+        rank_TK = rank_TK.masked_fill(~chosen_TK, UNWANTED)
+    if real_T is not None:
+        rank_TK = rank_TK.masked_fill(~real_T.unsqueeze(-1), UNWANTED)
+    rank_TG = torch.full((num_tokens, num_gates), UNWANTED, dtype=torch.int32, device=expert_TK.device)
+    return rank_TG.scatter_(1, expert_TK, rank_TK)
+
+
+def probability_choices(
+    prob_TE: Tensor,
+    rank_TE: Tensor,
+    real_T: Tensor | None,
+    *,
+    normalize: bool,
+    score_TE: Tensor | None = None,
+    balance: BalanceTerms | None = None,
+) -> Choices:
+    """Choices weighted by the raw probability (Eq 2), or by its share among a token's choices if ``normalize``."""
+    weight_TE = prob_TE
+    if normalize:
+        chosen_TE = torch.where(rank_TE != UNWANTED, prob_TE, 0.0)
+        mass_T1 = chosen_TE.sum(dim=-1, keepdim=True)
+        weight_TE = chosen_TE / torch.where(mass_T1 > 0, mass_T1, 1.0)
+    return Choices(
+        rank_TE=rank_TE,
+        score_TE=(prob_TE if score_TE is None else score_TE).detach(),
+        weight_TE=weight_TE,
+        balance=first_choice_terms(prob_TE, rank_TE, real_T) if balance is None else balance,
+        entropy=prob_TE.new_zeros(()),
+    )
+
+
+def _with_statistics(
+    choices: Choices, logits_TG: Tensor, prob_TG: Tensor, real_T: Tensor | None, z_loss_weight: float
+) -> Choices:
+    with torch.no_grad():
+        # the entropy of a softmax: logsumexp - sum p * logit, in which a probability of 0 adds 0
+        log_mass_T = logits_TG.logsumexp(dim=-1)
+        entropy = mean_over_real(log_mass_T - (prob_TG * logits_TG).sum(dim=-1), real_T)
+    z_loss = None
+    if z_loss_weight > 0:
+        z_loss = z_loss_weight * mean_over_real(logits_TG.logsumexp(dim=-1) ** 2, real_T)
+    return Choices(choices.rank_TE, choices.score_TE, choices.weight_TE, choices.balance, entropy, z_loss)
+
+
+def mean_over_real(value_T: Tensor, real_T: Tensor | None) -> Tensor:
+    """Mean over the tokens that are not padding; 0 when there are none."""
+    if real_T is None:
+        return value_T.sum() / max(value_T.numel(), 1)
+    return torch.where(real_T, value_T, 0.0).sum() / real_T.sum().clamp(min=1)

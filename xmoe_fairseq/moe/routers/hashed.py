@@ -1,0 +1,52 @@
+"""Hash layers: a fixed random hash of the token id chooses the expert (arXiv 2106.04426)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MoEConfig
+from ..plan import Choices
+from .base import Router, rank_matrix, register_router
+
+_MASK = 0x7FFFFFFFFFFFFFFF
+
+
+def hash_experts(token_ids: Tensor, seed: Tensor, num_experts: int) -> Tensor:
+    """int64 expert of each id: a 64-bit mixer (splitmix64's rounds), the same on every device and run."""
+    mixed = token_ids.long() * -7046029254386353131 + seed
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        mixed = (mixed ^ ((mixed >> shift) & (_MASK >> (shift - 1)))) * factor
+    mixed = mixed ^ ((mixed >> 31) & (_MASK >> 30))
+    return (mixed & _MASK) % num_experts
+
+
+@register_router("hash")
+class HashRouter(Router):
+    """One expert a token, chosen by its vocabulary index; weight 1; nothing to learn, nothing to balance.
+
+    State: buffer ``seed`` int64, so that a checkpoint keeps its hash.
+    """
+
+    seed: Tensor
+
+    def __init__(self, config: MoEConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.register_buffer("seed", torch.tensor(config.hash_seed, dtype=torch.int64))
+
+    def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
+        if token_ids_T is None:
+            raise ValueError(
+                "moe_router hash chooses by vocabulary index and got no token_ids; call the layer with "
+                "token_ids=... (the models of this package do), or choose another moe_router"
+            )
+        expert_T1 = hash_experts(token_ids_T, self.seed, self.config.num_experts).unsqueeze(-1)
+        one_TE = torch.ones((), device=x_TD.device).expand(x_TD.size(0), self.config.num_experts)
+        return Choices(
+            rank_TE=rank_matrix(expert_T1, None, self.config.num_experts, real_T),
+            score_TE=one_TE,
+            weight_TE=one_TE,
+            balance=None,
+            entropy=one_TE.new_zeros(()),
+        )

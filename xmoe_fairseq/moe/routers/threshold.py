@@ -1,0 +1,40 @@
+"""XMoE's router: each token takes as many experts as it needs to reach probability mass t (Eq 5, Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ordering import sort_descending
+from ..plan import Choices
+from .base import Router, probability_choices, rank_matrix, register_router
+
+
+def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
+    """int64 (T,): the fewest leading experts whose probabilities sum to at least ``threshold``; at least one.
+
+    Args:
+        sorted_TE: float32 probabilities, descending.
+        threshold: mass in [0, 1]; 1 means every expert, however the sum rounds.
+    """
+    num_tokens, num_experts = sorted_TE.shape
+    if threshold >= 1.0:
+        return torch.full((num_tokens,), num_experts, device=sorted_TE.device)
+    # float64: the sum of many float32 probabilities must not lose the experts of the tail
+    mass_TE = sorted_TE[:, :-1].double().cumsum(dim=-1)
+    return (mass_TE < threshold).sum(dim=-1) + 1
+
+
+@register_router("threshold")
+class ThresholdRouter(Router):
+    """Fewest top experts whose mass reaches ``threshold``; weight = raw probability; Eq 7 balances first choices."""
+
+    def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
+        with torch.no_grad():
+            sorted_TE, expert_TE = sort_descending(prob_TG.detach())
+            count_T = count_to_reach(sorted_TE, self.config.threshold)
+            longest = int(count_T.max()) if count_T.numel() and count_T.device.type == "cpu" else sorted_TE.size(-1)
+            expert_TK = expert_TE[:, :longest]
+            chosen_TK = torch.arange(longest, device=count_T.device) < count_T.unsqueeze(-1)
+            rank_TE = rank_matrix(expert_TK, chosen_TK, prob_TG.size(-1), real_T)
+        return probability_choices(prob_TG, rank_TE, real_T, normalize=self.config.normalize_weights)
