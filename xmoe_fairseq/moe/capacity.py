@@ -14,7 +14,9 @@ from .ordering import descending_key, flat_nonzero, kth_smallest
 from .plan import UNWANTED, Choices, RoutingPlan
 
 
-def make_plan(choices: Choices, *, capacity: int | None, num_real_tokens: Tensor) -> RoutingPlan:
+def make_plan(
+    choices: Choices, *, capacity: int | None, num_real_tokens: Tensor, row_cost: float = 1.0
+) -> RoutingPlan:
     """Drop what exceeds ``capacity`` (rows per expert; None keeps all) and list what is left by expert, then token."""
     wanted_TE = choices.rank_TE != UNWANTED
     wanted_E = wanted_TE.sum(dim=0)
@@ -37,6 +39,7 @@ def make_plan(choices: Choices, *, capacity: int | None, num_real_tokens: Tensor
         entropy=choices.entropy,
         z_loss=choices.z_loss,
         capacity=capacity,
+        row_cost=row_cost,
     )
 
 

@@ -39,6 +39,7 @@ class MoEConfig:
         shared_expert_dim: hidden units of one FFN that every token passes beside its experts
             (DeepSeekMoE, arXiv 2401.06066); 0 for none.
         hash_seed: seed of the hash router's fixed random hash.
+        dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
         compute: how experts are computed: auto (measured rules in experts.py), bmm, grouped, loop or masked.
 
     Raises:
@@ -65,6 +66,7 @@ class MoEConfig:
     z_loss_weight: float = 0.0
     shared_expert_dim: int = 0
     hash_seed: int = 1
+    dense_dim: int | None = None
     compute: str = "auto"
 
     def __post_init__(self) -> None:
@@ -136,6 +138,11 @@ class MoEConfig:
             return None
         even_share = math.ceil(gamma * num_real_tokens / self.num_experts)
         return min(max(even_share, self.min_capacity), num_real_tokens)
+
+    @property
+    def row_cost(self) -> float:
+        """FLOPs of one kept row, relative to one token through the dense FFN."""
+        return self.expert_dim / (self.dense_dim or self.expert_dim)
 
     @property
     def flops_per_row(self) -> int:

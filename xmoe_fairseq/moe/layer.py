@@ -53,7 +53,8 @@ class MoELayer(nn.Module):
         limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
         # with padding this is a host synchronisation on CUDA: the capacity must be a number
         capacity = self.config.capacity(int(num_real), self.training) if limited else None
-        plan = make_plan(self.router(x_TD, real_T, ids_T), capacity=capacity, num_real_tokens=num_real)
+        choices = self.router(x_TD, real_T, ids_T)
+        plan = make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)
         y_TD = self.experts(x_TD, plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, real_T)
@@ -91,17 +92,16 @@ class SharedExpert(nn.Module):
 def record_plans(module: nn.Module) -> Iterator[dict[str, list[RoutingPlan]]]:
     """Collect the plans of every MoE layer inside ``module`` while the block runs: layer name -> plans in call order.
 
-    Plans come with gradient. Under activation checkpointing (non-reentrant) the recomputation runs after the block and
+    Every layer has an entry, empty when it did not run (LayerDrop). Plans come with gradient. Under activation checkpointing (non-reentrant) the recomputation runs after the block and
     is not recorded twice.
     """
-    plans: dict[str, list[RoutingPlan]] = {}
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MoELayer)}
+    plans: dict[str, list[RoutingPlan]] = {name: [] for name in layers}
 
     def keep(name: str):  # type: ignore[no-untyped-def]
-        return lambda _layer, _inputs, output: plans.setdefault(name, []).append(output[1])
+        return lambda _layer, _inputs, output: plans[name].append(output[1])
 
-    handles = [
-        layer.register_forward_hook(keep(name)) for name, layer in module.named_modules() if isinstance(layer, MoELayer)
-    ]
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
     try:
         yield plans
     finally:

@@ -57,6 +57,7 @@ class RoutingPlan:
         entropy: float32 scalar, nats: mean entropy of the router over real tokens.
         z_loss: float32 scalar with gradient, weighted; None when off.
         capacity: rows one expert could take; None when nothing is ever dropped.
+        row_cost: FLOPs of one kept row, relative to one token through the dense FFN that the layer stands for.
     """
 
     token_index_A: Tensor
@@ -70,6 +71,7 @@ class RoutingPlan:
     entropy: Tensor
     z_loss: Tensor | None
     capacity: int | None
+    row_cost: float = 1.0
 
     @cached_property
     def balance_loss(self) -> Tensor:

@@ -1,0 +1,1 @@
+"""Loading, importing, averaging and exporting checkpoints."""

@@ -1,0 +1,176 @@
+"""Stock cross entropies plus the balance loss, summed over MoE layers.
+
+The balance loss of a forward pass is a mean over its tokens; it is multiplied by the sample size that fairseq later
+divides by, so its weight does not depend on --update-freq, batch size or ranks. Across data-parallel ranks the load
+(f of Eq 7) is summed first: the loss is that of the global batch, exactly. Over the micro-batches of --update-freq each has its own
+f, known only when it is computed; the result is the token-weighted mean.
+
+The logged ``loss`` stays the cross entropy, to compare with dense models; the balance loss is logged as ``moe_balance``.
+"""
+
+# No "from __future__ import annotations" here: fairseq reads the types of dataclass fields.
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+from torch import Tensor
+
+from ..moe import RoutingPlan
+from ..moe.balance import BalanceTerms, balance_loss
+from ..moe.statistics import routing_figures, routing_sums
+
+Plans = dict[str, list[RoutingPlan]]
+
+
+def _balance_weight() -> Any:
+    return field(default=0.01, metadata={"help": "weight of the balance loss, summed over MoE layers (0: none)"})
+
+
+@dataclass
+class LabelSmoothedLoadBalanceConfig(LabelSmoothedCrossEntropyCriterionConfig):
+    balance_loss_weight: float = _balance_weight()
+
+
+@dataclass
+class LoadBalanceConfig(CrossEntropyCriterionConfig):
+    balance_loss_weight: float = _balance_weight()
+
+
+class _KeepOutput:
+    """Stands in for the model while the stock criterion runs, and keeps what the model returned."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self._model(*args, **kwargs)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _LoadBalance:
+    """Mixed in front of a stock criterion."""
+
+    balance_loss_weight: float
+
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
+        """The stock loss plus weight * sample size * (balance loss + z-losses); routing sums in the logging output."""
+        kept = _KeepOutput(model)
+        loss, sample_size, logging_output = super().forward(kept, sample, reduce)
+        plans: Plans = kept.output[1].get("moe_plans", {})
+        every_plan = [plan for layer in plans.values() for plan in layer]
+        for plan in every_plan:
+            if plan.z_loss is not None:
+                loss = loss + plan.z_loss * sample_size
+        if self.balance_loss_weight:
+            loss = loss + self.balance_loss_weight * _scaled_balance(every_plan, sample_size, model.training)
+        logging_output.update(_logged_sums(plans))
+        return loss, sample_size, logging_output
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """The stock metrics, and ``moe_*`` figures per layer and over all layers."""
+        super().reduce_metrics(logging_outputs)
+        _log_routing(logging_outputs)
+
+
+@register_criterion("label_smoothed_cross_entropy_with_load_balance", dataclass=LabelSmoothedLoadBalanceConfig)
+class LabelSmoothedLoadBalanceCriterion(_LoadBalance, LabelSmoothedCrossEntropyCriterion):
+    """Label-smoothed cross entropy + balance loss, for translation."""
+
+    def __init__(self, task: Any, balance_loss_weight: float, **kwargs: Any) -> None:
+        super().__init__(task, **kwargs)
+        self.balance_loss_weight = balance_loss_weight
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> "LabelSmoothedLoadBalanceCriterion":
+        names = ("sentence_avg", "label_smoothing", "ignore_prefix_size", "report_accuracy", "balance_loss_weight")
+        return cls(task, **{name: getattr(cfg, name) for name in names})
+
+
+@register_criterion("cross_entropy_with_load_balance", dataclass=LoadBalanceConfig)
+class LoadBalanceCriterion(_LoadBalance, CrossEntropyCriterion):
+    """Cross entropy + balance loss, for language models."""
+
+    def __init__(self, task: Any, sentence_avg: bool, balance_loss_weight: float) -> None:
+        super().__init__(task, sentence_avg)
+        self.balance_loss_weight = balance_loss_weight
+
+
+def _scaled_balance(plans: Iterable[RoutingPlan], sample_size: Any, training: bool) -> Tensor | float:
+    """Sum over layers of the balance loss, times the sample size."""
+    terms = [plan.balance for plan in plans if plan.balance is not None]
+    if not terms:
+        return 0.0
+    if training and distributed_utils.get_data_parallel_world_size() > 1:
+        terms, sample_size = _global_terms(terms, sample_size)
+    return sum(balance_loss(term) for term in terms) * sample_size
+
+
+def _global_terms(terms: list[BalanceTerms], sample_size: Any) -> tuple[list[BalanceTerms], Tensor]:
+    """Loads, token counts and sample size summed over data-parallel ranks, in one all-reduce.
+
+    The probability sums stay this rank's: fairseq adds the gradients of the ranks, and so their sums.
+    """
+    first = terms[0].load_G
+    counts = torch.cat([torch.cat([term.load_G, term.num_tokens.view(1)]) for term in terms])
+    counts = torch.cat([counts, torch.as_tensor(sample_size, dtype=first.dtype, device=first.device).view(1)])
+    distributed_utils.all_reduce(counts, group=distributed_utils.get_data_parallel_group())
+    parts = counts.split([*(term.load_G.numel() + 1 for term in terms), 1])
+    summed = [BalanceTerms(part[:-1], term.prob_sum_G, part[-1]) for part, term in zip(parts, terms, strict=False)]
+    return summed, parts[-1]
+
+
+_LAYER_NAME = re.compile(r"(encoder|decoder)\b.*\blayers\.(\d+)\b")
+
+
+def layer_label(module_name: str) -> str:
+    """``encoder.layers.1.moe`` -> ``moe_encoder_1``: the name under which a layer's figures are logged."""
+    match = _LAYER_NAME.search(module_name)
+    return f"moe_{match[1]}_{match[2]}" if match else "moe_" + module_name.replace(".", "_")
+
+
+def _logged_sums(plans: Plans) -> dict[str, Tensor]:
+    """``label/figure`` -> sum; every layer has its keys on every rank, which fairseq's summing needs."""
+    logged: dict[str, Tensor] = {}
+    for module_name, layer_plans in plans.items():
+        for plan in layer_plans:
+            for figure, value in routing_sums(plan).items():
+                key = f"{layer_label(module_name)}/{figure}"
+                logged[key] = logged[key] + value if key in logged else value
+    return logged
+
+
+def _log_routing(logging_outputs: list[dict[str, Any]]) -> None:
+    layers: dict[str, dict[str, float]] = {}
+    for output in logging_outputs:
+        for key, value in output.items():
+            if key.startswith("moe_") and "/" in key:
+                label, figure = key.split("/")
+                sums = layers.setdefault(label, {})
+                sums[figure] = sums.get(figure, 0.0) + float(value)
+    for label, sums in layers.items():
+        _log_figures(label, sums)
+    if layers:
+        _log_figures("moe", {figure: sum(sums[figure] for sums in layers.values()) for figure in next(iter(layers.values()))})
+
+
+def _log_figures(label: str, sums: dict[str, float]) -> None:
+    # fairseq shows smaller priorities first; figures of single layers come last
+    priority = 300 if label == "moe" else 400
+    for figure, value in routing_figures(sums).items():
+        metrics.log_scalar(f"{label}_{figure}", value, weight=sums["tokens"], priority=priority, round=3)

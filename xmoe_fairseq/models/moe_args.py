@@ -1,0 +1,131 @@
+"""The flat ``moe_*`` settings of a model: command-line flags, defaults, and their way into a ``MoEConfig``.
+
+fairseq fills nested configuration groups from flags only for its own groups, so every setting here is a flat name; the
+same name works as a flag (``--moe-top-k``), in YAML (``moe_top_k``) and in ``--model-overrides``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NamedTuple
+
+from ..moe import MoEConfig
+
+
+def optional(cast: type) -> Any:
+    """An argparse type that also takes ``none``."""
+
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else cast(text)
+
+    parse.__name__ = f"{cast.__name__} or none"  # argparse shows it in its error
+    return parse
+
+
+class Setting(NamedTuple):
+    """``default`` is XMoE's; ``config`` is the MoEConfig field it fills, None where the model uses it itself."""
+
+    default: Any
+    type: Any
+    config: str | None
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+SETTINGS: dict[str, Setting] = {
+    "moe_router": Setting(
+        "threshold", str, "router", "threshold (XMoE), top_k, switch, hash, base, adamoe, or a router you registered"
+    ),
+    "moe_num_experts": Setting(64, int, "num_experts", "experts per MoE layer"),
+    "moe_expert_dim": Setting(1024, int, "expert_dim", "hidden units of ONE expert (dense FFN: --encoder-ffn-embed-dim)"),
+    "moe_threshold": Setting(0.9, float, "threshold", "probability mass in [0, 1] that a token's experts must reach"),
+    "moe_top_k": Setting(None, optional(int), "top_k", "experts a token takes (top_k, adamoe, merged experts)"),
+    "moe_null_experts": Setting(0, int, "num_null_experts", "experts that compute nothing (adamoe)"),
+    "moe_capacity_factor": Setting(
+        2.0, optional(float), "capacity_factor", "gamma in training: rows an expert takes over the even share; none: no drops"
+    ),
+    "moe_eval_capacity_factor": Setting(
+        None,
+        optional(float),
+        "eval_capacity_factor",
+        "gamma at inference; none (default): no drops, translations do not depend on their batch",
+    ),
+    "moe_interval": Setting(2, int, None, "every n-th layer is a MoE layer (2: the second, fourth, ...)"),
+    "moe_sides": Setting(
+        "both", str, None, "which stacks have MoE layers", choices=("encoder", "decoder", "both")
+    ),
+    "moe_merge_experts": Setting(
+        False, bool, "merge_experts", "MEO: merge the chosen experts per sentence, compute once"
+    ),
+    "moe_token_adapter": Setting(False, bool, "token_adapter", "MEO's token-level adapter before each merged map"),
+    "moe_normalize_weights": Setting(
+        False, bool, "normalize_weights", "divide a token's weights by their sum over its chosen experts"
+    ),
+    "moe_input_jitter": Setting(0.0, float, "input_jitter", "in training the router sees x * U(1 - j, 1 + j)"),
+    "moe_router_noise": Setting(
+        "none", str, "router_noise", "noise on the choosing logits in training", choices=("none", "gumbel", "gaussian")
+    ),
+    "moe_z_loss_weight": Setting(0.0, float, "z_loss_weight", "weight of the router z-loss"),
+    "moe_shared_expert_dim": Setting(0, int, "shared_expert_dim", "hidden units of an FFN every token passes; 0: none"),
+    "moe_hash_seed": Setting(1, int, "hash_seed", "seed of the hash router; each layer adds its index"),
+    "moe_compute": Setting(
+        "auto",
+        str,
+        "compute",
+        "how experts are computed; auto follows measured rules",
+        choices=("auto", "bmm", "grouped", "loop", "masked"),
+    ),
+}
+
+
+def add_moe_args(parser: Any) -> None:
+    """Add every ``--moe-*`` flag, without defaults: those come from the architecture."""
+    for name, setting in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        shown = "none" if setting.default is None else setting.default
+        text = f"{setting.help} (XMoE: {shown})"
+        if setting.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag, type=setting.type, choices=setting.choices, help=text)
+
+
+def fill_moe_defaults(args: Any, **defaults: Any) -> None:
+    """Give every setting that ``args`` lacks the architecture's default, or XMoE's."""
+    for name, setting in SETTINGS.items():
+        if not hasattr(args, name):
+            setattr(args, name, defaults.pop(name, setting.default))
+        else:
+            defaults.pop(name, None)
+    if defaults:
+        raise TypeError(f"not MoE settings: {sorted(defaults)}")
+
+
+def check_moe_names(args: Any) -> None:
+    """Refuse a misspelt ``moe_*`` name, which YAML and --model-overrides would otherwise drop silently."""
+    names = args.keys() if hasattr(args, "keys") else vars(args).keys()
+    unknown = sorted(name for name in names if str(name).startswith("moe_") and name not in SETTINGS)
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}; the moe_* settings are {', '.join(SETTINGS)}")
+
+
+def moe_config(cfg: Any, *, embed_dim: int, dense_dim: int, layer_index: int) -> MoEConfig:
+    """The configuration of one layer from a model's flat settings."""
+    fields = {setting.config: getattr(cfg, name) for name, setting in SETTINGS.items() if setting.config}
+    fields["hash_seed"] += layer_index  # another hash in every layer
+    return MoEConfig(
+        embed_dim=embed_dim,
+        activation=str(cfg.activation_fn),
+        activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
+        dense_dim=dense_dim,
+        **fields,
+    )
+
+
+def is_moe_layer(cfg: Any, side: str, layer_index: int) -> bool:
+    """Whether layer ``layer_index`` (from 0) of ``side`` is a MoE layer."""
+    if cfg.moe_interval < 1:
+        raise ValueError(f"moe_interval ({cfg.moe_interval}) must be at least 1; 2 makes every second layer a MoE layer")
+    if cfg.moe_sides not in ("encoder", "decoder", "both"):
+        raise ValueError(f"moe_sides ({cfg.moe_sides!r}) must be encoder, decoder or both")
+    return cfg.moe_sides in (side, "both") and (layer_index + 1) % cfg.moe_interval == 0
