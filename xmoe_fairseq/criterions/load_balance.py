@@ -27,10 +27,11 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from ..moe import RoutingPlan
-from ..moe.balance import BalanceTerms, balance_loss
-from ..moe.statistics import routing_figures, routing_sums
+from ..moe.balance import BalanceTerms, SpreadTerms
+from ..moe.statistics import FIGURES, routing_figures, routing_sums
 
 Plans = dict[str, list[RoutingPlan]]
+Terms = BalanceTerms | SpreadTerms
 
 
 def _balance_weight() -> Any:
@@ -78,7 +79,7 @@ class _LoadBalance:
                 loss = loss + plan.z_loss * sample_size
         if self.balance_loss_weight:
             loss = loss + self.balance_loss_weight * _scaled_balance(every_plan, sample_size, model.training)
-        logging_output.update(_logged_sums(plans))
+        logging_output.update(_logged_sums(plans, loss))
         return loss, sample_size, logging_output
 
     @classmethod
@@ -98,7 +99,13 @@ class LabelSmoothedLoadBalanceCriterion(_LoadBalance, LabelSmoothedCrossEntropyC
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "LabelSmoothedLoadBalanceCriterion":
-        names = ("sentence_avg", "label_smoothing", "ignore_prefix_size", "report_accuracy", "balance_loss_weight")
+        names = (
+            "sentence_avg",
+            "label_smoothing",
+            "ignore_prefix_size",
+            "report_accuracy",
+            "balance_loss_weight",
+        )
         return cls(task, **{name: getattr(cfg, name) for name in names})
 
 
@@ -118,21 +125,17 @@ def _scaled_balance(plans: Iterable[RoutingPlan], sample_size: Any, training: bo
         return 0.0
     if training and distributed_utils.get_data_parallel_world_size() > 1:
         terms, sample_size = _global_terms(terms, sample_size)
-    return sum(balance_loss(term) for term in terms) * sample_size
+    return sum(term.loss() for term in terms) * sample_size
 
 
-def _global_terms(terms: list[BalanceTerms], sample_size: Any) -> tuple[list[BalanceTerms], Tensor]:
-    """Loads, token counts and sample size summed over data-parallel ranks, in one all-reduce.
-
-    The probability sums stay this rank's: fairseq adds the gradients of the ranks, and so their sums.
-    """
-    first = terms[0].load_G
-    counts = torch.cat([torch.cat([term.load_G, term.num_tokens.view(1)]) for term in terms])
-    counts = torch.cat([counts, torch.as_tensor(sample_size, dtype=first.dtype, device=first.device).view(1)])
-    distributed_utils.all_reduce(counts, group=distributed_utils.get_data_parallel_group())
-    parts = counts.split([*(term.load_G.numel() + 1 for term in terms), 1])
-    summed = [BalanceTerms(part[:-1], term.prob_sum_G, part[-1]) for part, term in zip(parts, terms, strict=False)]
-    return summed, parts[-1]
+def _global_terms(terms: list[Terms], sample_size: Any) -> tuple[list[Terms], Tensor]:
+    """Terms and sample size of the whole update step's batch over data-parallel ranks, in one all-reduce."""
+    counts = [term.counts() for term in terms]
+    size = torch.as_tensor(sample_size, dtype=counts[0].dtype, device=counts[0].device).view(1)
+    summed = torch.cat([*counts, size])
+    distributed_utils.all_reduce(summed, group=distributed_utils.get_data_parallel_group())
+    parts = summed.split([*(count.numel() for count in counts), 1])
+    return [term.with_counts(part) for part, term in zip(parts, terms, strict=False)], parts[-1]
 
 
 _LAYER_NAME = re.compile(r"(encoder|decoder)\b.*\blayers\.(\d+)\b")
@@ -144,14 +147,15 @@ def layer_label(module_name: str) -> str:
     return f"moe_{match[1]}_{match[2]}" if match else "moe_" + module_name.replace(".", "_")
 
 
-def _logged_sums(plans: Plans) -> dict[str, Tensor]:
-    """``label/figure`` -> sum; every layer has its keys on every rank, which fairseq's summing needs."""
+def _logged_sums(plans: Plans, like: Tensor) -> dict[str, Tensor]:
+    """``label/figure`` -> sum; every layer has its keys on every rank, dropped ones too: fairseq's summing needs that."""
     logged: dict[str, Tensor] = {}
     for module_name, layer_plans in plans.items():
+        label = layer_label(module_name)
+        logged.update({f"{label}/{figure}": like.new_zeros((), dtype=torch.float32) for figure in FIGURES})
         for plan in layer_plans:
             for figure, value in routing_sums(plan).items():
-                key = f"{layer_label(module_name)}/{figure}"
-                logged[key] = logged[key] + value if key in logged else value
+                logged[f"{label}/{figure}"] = logged[f"{label}/{figure}"] + value
     return logged
 
 
@@ -166,7 +170,10 @@ def _log_routing(logging_outputs: list[dict[str, Any]]) -> None:
     for label, sums in layers.items():
         _log_figures(label, sums)
     if layers:
-        _log_figures("moe", {figure: sum(sums[figure] for sums in layers.values()) for figure in next(iter(layers.values()))})
+        _log_figures(
+            "moe",
+            {figure: sum(sums[figure] for sums in layers.values()) for figure in next(iter(layers.values()))},
+        )
 
 
 def _log_figures(label: str, sums: dict[str, float]) -> None:

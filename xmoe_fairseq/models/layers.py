@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..moe import MoEConfig, MoELayer
+from ..moe import MoEConfig, MoELayer, SentenceContext
+from ..moe.merged import masked_mean, reorder_cache
+
+
+IncrementalState = dict[str, dict[str, Tensor]]
+
+
+class CurrentBatch(NamedTuple):
+    """What a stack is working on.
+
+    Attributes:
+        ids_TB: int64, the tokens whose hidden states the layers see.
+        padding_TB: bool; None when nothing is padding.
+        source_BC: float, mean of the encoder's final output over each source sentence; None in an encoder, and where no
+            layer merges experts.
+        incremental_state: fairseq's, in incremental decoding.
+    """
+
+    ids_TB: Tensor | None = None
+    padding_TB: Tensor | None = None
+    source_BC: Tensor | None = None
+    incremental_state: IncrementalState | None = None
 
 
 class CurrentTokens:
-    """The token ids of the batch that a stack is working on, shared by its layers.
+    """The batch that a stack is working on, shared by its layers.
 
-    A fairseq layer hands its feed-forward part hidden states alone; routing also needs to know what is padding, and the
-    hash router the ids.
+    A fairseq layer hands its feed-forward part hidden states alone; routing also needs to know what is padding, the
+    hash router the ids, and merged experts in a decoder the source sentence.
     """
 
     def __init__(self) -> None:
-        self.ids_TB: Tensor | None = None
-        self.padding_TB: Tensor | None = None
+        self.batch = CurrentBatch()
 
-    def set(self, ids_BT: Tensor, padding_idx: int) -> None:
-        """``ids_BT``: int64 (batch, time), the tokens whose hidden states the layers will see."""
+    def set(
+        self,
+        ids_BT: Tensor,
+        padding_idx: int,
+        source_BC: Tensor | None = None,
+        incremental_state: IncrementalState | None = None,
+    ) -> None:
+        """``ids_BT``: int64 (batch, time); the rest as in ``CurrentBatch``."""
         padding_BT = ids_BT.eq(padding_idx)
-        self.ids_TB = ids_BT.t()
-        self.padding_TB = padding_BT.t() if padding_BT.any() else None
+        padding_TB = padding_BT.t() if padding_BT.any() else None
+        self.batch = CurrentBatch(ids_BT.t(), padding_TB, source_BC, incremental_state)
 
-    def get(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.ids_TB, self.padding_TB
+    def clear(self) -> None:
+        """Let go of a search that has ended."""
+        self.batch = CurrentBatch()
 
-    def restore(self, state: tuple[Tensor | None, Tensor | None]) -> None:
-        self.ids_TB, self.padding_TB = state
+
+def source_mean(encoder_out: Any) -> Tensor:
+    """float32 (B, C): mean of fairseq's encoder output over the tokens that are not padding."""
+    if not encoder_out or not encoder_out["encoder_out"]:
+        raise ValueError(
+            "moe_merge_experts in a decoder merges by the source sentence and there is no encoder output; "
+            "set moe_sides encoder, or choose another method"
+        )
+    masks = encoder_out["encoder_padding_mask"]
+    return masked_mean(encoder_out["encoder_out"][0], ~masks[0].t() if masks else None)
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -59,17 +94,22 @@ class _MoEFeedForward:
         self.activation_dropout_module = FairseqDropout(0.0)
 
     def _feed_forward(self, x_TBD: Tensor) -> Tensor:
-        ids_TB, padding_TB = self.tokens.get()
-        return self.moe(x_TBD, padding=padding_TB, token_ids=ids_TB)[0]
+        batch = self.tokens.batch
+        return self.moe(x_TBD, padding=batch.padding_TB, token_ids=batch.ids_TB, context=self.sentence_context(batch))[
+            0
+        ]
+
+    def sentence_context(self, batch: CurrentBatch) -> SentenceContext | None:
+        return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self.checkpoint_activations and self.training):
             return super().forward(x, *args, **kwargs)
         # Non-reentrant: what the layer hands out beside its output (the balance loss of its plan) keeps its gradient.
-        return checkpoint(self._recomputed_forward, self.tokens.get(), x, args, kwargs, use_reentrant=False)
+        return checkpoint(self._recomputed_forward, self.tokens.batch, x, args, kwargs, use_reentrant=False)
 
-    def _recomputed_forward(self, tokens: Any, x: Tensor, args: Any, kwargs: Any) -> Any:
-        self.tokens.restore(tokens)  # another batch may have passed before the recomputation
+    def _recomputed_forward(self, batch: CurrentBatch, x: Tensor, args: Any, kwargs: Any) -> Any:
+        self.tokens.batch = batch  # another batch may have passed before the recomputation
         return super().forward(x, *args, **kwargs)
 
 
@@ -87,5 +127,24 @@ class MoEDecoderLayer(_MoEFeedForward, TransformerDecoderLayerBase):
     def __init__(self, cfg: Any, config: MoEConfig, tokens: CurrentTokens, no_encoder_attn: bool = False) -> None:
         super().__init__(cfg, no_encoder_attn)
         if self.ffn_layernorm is not None:
-            raise ValueError("--scale-fc normalises the hidden units of a dense FFN; a MoE layer has none: leave it out")
+            raise ValueError(
+                "--scale-fc normalises the hidden units of a dense FFN; a MoE layer has none: leave it out"
+            )
         self.install_moe(config, tokens, cfg.checkpoint_activations)
+
+    def sentence_context(self, batch: CurrentBatch) -> SentenceContext | None:
+        if batch.source_BC is None:
+            return None
+        return SentenceContext(batch.source_BC, self._merged_cache(batch.incremental_state))
+
+    def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
+        """fairseq calls this when beams move and when finished sentences leave the batch."""
+        cache = self._merged_cache(incremental_state)
+        if cache:
+            reorder_cache(cache, new_order)
+
+    def _merged_cache(self, incremental_state: IncrementalState | None) -> dict[str, Tensor] | None:
+        """This layer's merged matrices, kept in fairseq's own state, so that they end with the search."""
+        if incremental_state is None or not self.moe.config.merge_experts:
+            return None
+        return incremental_state.setdefault(f"merged_experts.{id(self)}", {})

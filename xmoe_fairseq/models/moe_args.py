@@ -34,15 +34,23 @@ class Setting(NamedTuple):
 
 SETTINGS: dict[str, Setting] = {
     "moe_router": Setting(
-        "threshold", str, "router", "threshold (XMoE), top_k, switch, hash, base, adamoe, or a router you registered"
+        "threshold",
+        str,
+        "router",
+        "threshold (XMoE), top_k, switch, hash, base, adamoe, or a router you registered",
     ),
     "moe_num_experts": Setting(64, int, "num_experts", "experts per MoE layer"),
-    "moe_expert_dim": Setting(1024, int, "expert_dim", "hidden units of ONE expert (dense FFN: --encoder-ffn-embed-dim)"),
+    "moe_expert_dim": Setting(
+        1024, int, "expert_dim", "hidden units of ONE expert (dense FFN: --encoder-ffn-embed-dim)"
+    ),
     "moe_threshold": Setting(0.9, float, "threshold", "probability mass in [0, 1] that a token's experts must reach"),
     "moe_top_k": Setting(None, optional(int), "top_k", "experts a token takes (top_k, adamoe, merged experts)"),
     "moe_null_experts": Setting(0, int, "num_null_experts", "experts that compute nothing (adamoe)"),
     "moe_capacity_factor": Setting(
-        2.0, optional(float), "capacity_factor", "gamma in training: rows an expert takes over the even share; none: no drops"
+        2.0,
+        optional(float),
+        "capacity_factor",
+        "gamma in training: rows an expert takes over the even share; none: no drops",
     ),
     "moe_eval_capacity_factor": Setting(
         None,
@@ -51,9 +59,7 @@ SETTINGS: dict[str, Setting] = {
         "gamma at inference; none (default): no drops, translations do not depend on their batch",
     ),
     "moe_interval": Setting(2, int, None, "every n-th layer is a MoE layer (2: the second, fourth, ...)"),
-    "moe_sides": Setting(
-        "both", str, None, "which stacks have MoE layers", choices=("encoder", "decoder", "both")
-    ),
+    "moe_sides": Setting("both", str, None, "which stacks have MoE layers", choices=("encoder", "decoder", "both")),
     "moe_merge_experts": Setting(
         False, bool, "merge_experts", "MEO: merge the chosen experts per sentence, compute once"
     ),
@@ -63,11 +69,21 @@ SETTINGS: dict[str, Setting] = {
     ),
     "moe_input_jitter": Setting(0.0, float, "input_jitter", "in training the router sees x * U(1 - j, 1 + j)"),
     "moe_router_noise": Setting(
-        "none", str, "router_noise", "noise on the choosing logits in training", choices=("none", "gumbel", "gaussian")
+        "none",
+        str,
+        "router_noise",
+        "noise on the choosing logits in training",
+        choices=("none", "gumbel", "gaussian"),
     ),
     "moe_z_loss_weight": Setting(0.0, float, "z_loss_weight", "weight of the router z-loss"),
     "moe_shared_expert_dim": Setting(0, int, "shared_expert_dim", "hidden units of an FFN every token passes; 0: none"),
     "moe_hash_seed": Setting(1, int, "hash_seed", "seed of the hash router; each layer adds its index"),
+    "moe_expert_parallel": Setting(
+        False,
+        bool,
+        "expert_parallel",
+        "spread the experts over the ranks (docs/scaling.md); one rank holds them all",
+    ),
     "moe_compute": Setting(
         "auto",
         str,
@@ -91,7 +107,12 @@ def add_moe_args(parser: Any) -> None:
 
 
 def fill_moe_defaults(args: Any, **defaults: Any) -> None:
-    """Give every setting that ``args`` lacks the architecture's default, or XMoE's."""
+    """Give every setting that ``args`` lacks the architecture's default, or XMoE's.
+
+    ``--moe-merge-experts`` given to an architecture of another method brings the router and the capacity it needs.
+    """
+    if getattr(args, "moe_merge_experts", False):
+        defaults.update(moe_router="top_k", moe_capacity_factor=None)
     for name, setting in SETTINGS.items():
         if not hasattr(args, name):
             setattr(args, name, defaults.pop(name, setting.default))
@@ -125,7 +146,17 @@ def moe_config(cfg: Any, *, embed_dim: int, dense_dim: int, layer_index: int) ->
 def is_moe_layer(cfg: Any, side: str, layer_index: int) -> bool:
     """Whether layer ``layer_index`` (from 0) of ``side`` is a MoE layer."""
     if cfg.moe_interval < 1:
-        raise ValueError(f"moe_interval ({cfg.moe_interval}) must be at least 1; 2 makes every second layer a MoE layer")
+        raise ValueError(
+            f"moe_interval ({cfg.moe_interval}) must be at least 1; 2 makes every second layer a MoE layer"
+        )
     if cfg.moe_sides not in ("encoder", "decoder", "both"):
         raise ValueError(f"moe_sides ({cfg.moe_sides!r}) must be encoder, decoder or both")
     return cfg.moe_sides in (side, "both") and (layer_index + 1) % cfg.moe_interval == 0
+
+
+def check_supported(args: Any) -> None:
+    """Refuse fairseq options that a MoE layer cannot honour."""
+    if getattr(args, "quant_noise_pq", 0):
+        raise ValueError("--quant-noise-pq quantises dense FFN weights and does not reach experts; set it to 0")
+    if getattr(args, "offload_activations", False):
+        raise ValueError("--offload-activations does not work with MoE layers; --checkpoint-activations does")

@@ -8,7 +8,8 @@ from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor, nn
 
-from .layers import CurrentTokens, MoEDecoderLayer, MoEEncoderLayer
+from .expert_parallel import teach_trainer
+from .layers import CurrentTokens, MoEDecoderLayer, MoEEncoderLayer, source_mean
 from .moe_args import is_moe_layer, moe_config
 
 
@@ -28,6 +29,8 @@ class _MoEStack:
         self.layers_built += 1
         if not is_moe_layer(cfg, self.side, index):
             return None
+        if cfg.moe_expert_parallel:
+            teach_trainer()
         width = getattr(cfg, self.side)
         seed_index = index + (1000 if self.side == "decoder" else 0)
         return moe_config(cfg, embed_dim=width.embed_dim, dense_dim=width.ffn_embed_dim, layer_index=seed_index)
@@ -63,9 +66,12 @@ class MoEDecoder(_MoEStack, TransformerDecoderBase):
 
     side = "decoder"
 
-    def __init__(self, cfg: Any, dictionary: Any, embed_tokens: Any, no_encoder_attn: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, cfg: Any, dictionary: Any, embed_tokens: Any, no_encoder_attn: bool = False, **kwargs: Any
+    ) -> None:
         self.start_building()
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, **kwargs)
+        self.needs_source = cfg.moe_merge_experts and cfg.moe_sides != "encoder"
 
     def build_decoder_layer(self, cfg: Any, no_encoder_attn: bool = False) -> nn.Module:
         config = self.next_layer_config(cfg)
@@ -74,9 +80,17 @@ class MoEDecoder(_MoEStack, TransformerDecoderBase):
         return _wrapped(MoEDecoderLayer(cfg, config, self.tokens, no_encoder_attn), cfg)
 
     def extract_features(
-        self, prev_output_tokens: Tensor, encoder_out: Any = None, incremental_state: Any = None, *args: Any, **kwargs: Any
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Any = None,
+        incremental_state: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # with a state, fairseq computes the last position only
         computed = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
-        self.tokens.set(computed, self.padding_idx)
-        return super().extract_features(prev_output_tokens, encoder_out, incremental_state, *args, **kwargs)
+        source_BC = source_mean(encoder_out) if self.needs_source else None
+        self.tokens.set(computed, self.padding_idx, source_BC, incremental_state)
+        features = super().extract_features(prev_output_tokens, encoder_out, incremental_state, *args, **kwargs)
+        self.tokens.clear()
+        return features

@@ -2,7 +2,16 @@
 
 from .config import MoEConfig
 from .layer import MoELayer, record_plans
+from .merged import MergedMoELayer, SentenceContext
 from .plan import RoutingPlan
 from .routers import register_router
 
-__all__ = ["MoEConfig", "MoELayer", "RoutingPlan", "record_plans", "register_router"]
+__all__ = [
+    "MergedMoELayer",
+    "MoEConfig",
+    "MoELayer",
+    "RoutingPlan",
+    "SentenceContext",
+    "record_plans",
+    "register_router",
+]

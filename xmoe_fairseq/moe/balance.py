@@ -2,7 +2,7 @@
 
 Every loss of this kind is  G * sum_i f_i P_i  over G gates, with f_i the share of tokens that count as load of gate i
 (no gradient) and P_i its mean probability (with gradient). XMoE and Switch count first choices (Eq 7); AdaMoE counts
-all choices and spreads the load of the null experts evenly over them (its Eq 6).
+all choices and spreads the load of the null experts evenly over them (its Eq 6). MEO's loss has another form (SpreadTerms).
 """
 
 from __future__ import annotations
@@ -26,6 +26,49 @@ class BalanceTerms:
     load_G: Tensor
     prob_sum_G: Tensor
     num_tokens: Tensor
+
+    def loss(self) -> Tensor:
+        """float32 scalar with gradient, unweighted."""
+        return balance_loss(self)
+
+    def counts(self) -> Tensor:
+        """float32 vector without gradient: what data-parallel ranks add up before the loss."""
+        return torch.cat([self.load_G, self.num_tokens.view(1)])
+
+    def with_counts(self, summed: Tensor) -> BalanceTerms:
+        """The same terms with counts summed over ranks.
+
+        The probability sums stay this rank's: gradients are added over ranks, and so are their sums.
+        """
+        return BalanceTerms(summed[:-1], self.prob_sum_G, summed[-1])
+
+
+@dataclass(frozen=True)
+class SpreadTerms:
+    """Quantities that should be even over the experts; the loss is their squared coefficients of variation, added up.
+
+    Attributes:
+        amount_QE: float32 with gradient, sums over the sentences of one batch; MEO's are importance and load of each gate.
+
+    Source: Shazeer et al., arXiv 1701.06538, as in MEO's released code.
+    """
+
+    amount_QE: Tensor
+
+    def loss(self) -> Tensor:
+        """Sum over Q of unbiased variance / mean^2; 0 for a single expert."""
+        if self.amount_QE.size(1) < 2:
+            return self.amount_QE.new_zeros(())
+        return (self.amount_QE.var(dim=1) / (self.amount_QE.mean(dim=1) ** 2 + 1e-10)).sum()
+
+    def counts(self) -> Tensor:
+        """As in BalanceTerms."""
+        return self.amount_QE.detach().flatten()
+
+    def with_counts(self, summed: Tensor) -> SpreadTerms:
+        """The amounts of all ranks, with the gradient of this rank's."""
+        others_QE = summed.view_as(self.amount_QE) - self.amount_QE.detach()
+        return SpreadTerms(self.amount_QE + others_QE)
 
 
 def balance_loss(terms: BalanceTerms) -> Tensor:

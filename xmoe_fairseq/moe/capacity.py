@@ -15,7 +15,7 @@ from .plan import UNWANTED, Choices, RoutingPlan
 
 
 def make_plan(
-    choices: Choices, *, capacity: int | None, num_real_tokens: Tensor, row_cost: float = 1.0
+    choices: Choices, *, capacity: int | None, num_real_tokens: Tensor, row_cost: float | Tensor = 1.0
 ) -> RoutingPlan:
     """Drop what exceeds ``capacity`` (rows per expert; None keeps all) and list what is left by expert, then token."""
     wanted_TE = choices.rank_TE != UNWANTED

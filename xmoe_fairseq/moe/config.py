@@ -9,6 +9,18 @@ from .activations import ACTIVATIONS
 from .plan import UNWANTED
 
 
+class _NotGiven:
+    """Marks a default value, to tell it from the same value that somebody asked for."""
+
+
+class _DefaultName(_NotGiven, str):
+    pass
+
+
+class _DefaultFactor(_NotGiven, float):
+    pass
+
+
 @dataclass(frozen=True)
 class MoEConfig:
     """Shape, router and capacity of one mixture-of-experts feed-forward layer.
@@ -28,7 +40,8 @@ class MoEConfig:
         min_capacity: rows every expert may take however small the batch (never more than there are tokens).
         activation: name of the function between the two linear maps.
         activation_dropout: dropout probability on the hidden units, in [0, 1).
-        merge_experts: MEO (arXiv 2310.09832): merge the chosen experts' matrices per sentence and compute once.
+        merge_experts: MEO (arXiv 2310.09832): merge the chosen experts' matrices per sentence and compute once. Its router is
+            top_k and it has no capacity; both are set so where they are not given.
         token_adapter: MEO's token-level bottleneck before each merged linear map.
         normalize_weights: divide the weights of a token by their sum over its chosen experts (Mixtral,
             arXiv 2401.04088); off in XMoE, whose weights are the raw probabilities (Eq 2).
@@ -40,6 +53,8 @@ class MoEConfig:
             (DeepSeekMoE, arXiv 2401.06066); 0 for none.
         hash_seed: seed of the hash router's fixed random hash.
         dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
+        expert_parallel: spread the experts over the ranks of torch.distributed (parallel.py); without several ranks it
+            changes nothing.
         compute: how experts are computed: auto (measured rules in experts.py), bmm, grouped, loop or masked.
 
     Raises:
@@ -49,11 +64,11 @@ class MoEConfig:
     embed_dim: int
     num_experts: int
     expert_dim: int
-    router: str = "threshold"
+    router: str = _DefaultName("threshold")
     threshold: float = 0.9
     top_k: int | None = None
     num_null_experts: int = 0
-    capacity_factor: float | None = 2.0
+    capacity_factor: float | None = _DefaultFactor(2.0)
     eval_capacity_factor: float | None = None
     min_capacity: int = 4
     activation: str = "gelu"
@@ -67,9 +82,11 @@ class MoEConfig:
     shared_expert_dim: int = 0
     hash_seed: int = 1
     dense_dim: int | None = None
+    expert_parallel: bool = False
     compute: str = "auto"
 
     def __post_init__(self) -> None:
+        self._settle_defaults()
         for name in ("embed_dim", "num_experts", "expert_dim", "min_capacity"):
             _require(getattr(self, name) >= 1, f"moe {name} ({getattr(self, name)}) must be at least 1")
         gates = self.num_experts + self.num_null_experts
@@ -93,14 +110,22 @@ class MoEConfig:
         _require_one_of("moe_compute", self.compute, ("auto", "bmm", "grouped", "loop", "masked"))
         self._check_router()
 
+    def _settle_defaults(self) -> None:
+        """Plain values instead of marked defaults: XMoE's, or those of merged experts."""
+        if isinstance(self.router, _NotGiven):
+            object.__setattr__(self, "router", "top_k" if self.merge_experts else str(self.router))
+        if isinstance(self.capacity_factor, _NotGiven):
+            gamma = None if self.merge_experts else float(self.capacity_factor)  # type: ignore[arg-type]
+            object.__setattr__(self, "capacity_factor", gamma)
+
     def _check_router(self) -> None:
         from .routers import router_class  # the registry imports this module
 
         if self.top_k is not None:
             _require(
                 1 <= self.top_k <= self.num_experts + self.num_null_experts,
-                f"moe_top_k ({self.top_k}) must be between 1 and the number of experts "
-                f"({self.num_experts + self.num_null_experts}); lower moe_top_k or raise moe_num_experts",
+                f"moe_top_k ({self.top_k}) must be between 1 and what there is to choose from, moe_num_experts "
+                f"({self.num_experts}) + moe_null_experts ({self.num_null_experts}); lower moe_top_k or raise one of these",
             )
         _require(
             not self.num_null_experts or router_class(self.router).has_null_experts,
@@ -115,6 +140,10 @@ class MoEConfig:
 
     def _check_merge(self) -> None:
         _require(
+            not self.expert_parallel,
+            "moe_merge_experts merges whole matrices, which would all have to travel: leave moe_expert_parallel out",
+        )
+        _require(
             self.top_k is not None,
             "moe_merge_experts needs moe_top_k: the number of experts to merge; MEO's own default is 4",
         )
@@ -127,6 +156,16 @@ class MoEConfig:
             f"moe_merge_experts serves every token: moe_capacity_factor ({self.capacity_factor}) and "
             f"moe_eval_capacity_factor ({self.eval_capacity_factor}) must be None (on the command line: none)",
         )
+        for name, off in (
+            ("normalize_weights", False),  # the gates of merged experts always sum to 1
+            ("input_jitter", 0.0),
+            ("router_noise", "none"),  # they have a learned noise of their own
+            ("z_loss_weight", 0.0),
+            ("shared_expert_dim", 0),
+            ("compute", "auto"),
+        ):
+            value = getattr(self, name)
+            _require(value == off, f"moe_{name} ({value}) has no effect with moe_merge_experts; set it to {off}")
 
     def capacity(self, num_real_tokens: int, training: bool) -> int | None:
         """Rows one expert may take (Eq 3), or None for no limit.

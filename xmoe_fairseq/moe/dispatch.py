@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .memory import empty
 from .plan import RoutingPlan
 
 
@@ -37,7 +38,8 @@ class RowLayout:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (R, D)."""
-        return x_TD.index_select(0, self.token_R)
+        rows_RD = empty(self.token_R.numel(), x_TD.size(1), like=x_TD)
+        return torch.index_select(x_TD, 0, self.token_R, out=rows_RD)
 
     def combine(self, out_RD: Tensor, weight_A: Tensor | None) -> Tensor:
         """Sum each token's rows, scaled by ``weight_A`` (None: by 1): (R, D) -> (T, D). Deterministic.
@@ -103,13 +105,18 @@ class BatchedRows(RowLayout):
         return rows.view(self.num_experts, self.fullest, rows.size(-1))
 
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
-        return torch.baddbmm(bias_EO.unsqueeze(1), self._stack(in_RI), weight_EIO).flatten(0, 1)
+        out_RO = empty(in_RI.size(0), weight_EIO.size(2), like=in_RI)
+        torch.baddbmm(bias_EO.unsqueeze(1), self._stack(in_RI), weight_EIO, out=self._stack(out_RO))
+        return out_RO
 
     def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
-        return torch.bmm(self._stack(grad_RO), weight_EIO.transpose(1, 2)).flatten(0, 1)
+        in_RI = empty(grad_RO.size(0), weight_EIO.size(1), like=grad_RO)
+        torch.bmm(self._stack(grad_RO), weight_EIO.transpose(1, 2), out=self._stack(in_RI))
+        return in_RI
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        return torch.bmm(self._stack(in_RI).transpose(1, 2), self._stack(grad_RO))
+        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO)
+        return torch.bmm(self._stack(in_RI).transpose(1, 2), self._stack(grad_RO), out=weight_EIO)
 
     def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
         if weight_R is None:
@@ -154,28 +161,32 @@ class LoopRows(RowLayout):
                 start += count
 
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
-        out_RO = in_RI.new_empty(in_RI.size(0), weight_EIO.size(2))
+        out_RO = empty(in_RI.size(0), weight_EIO.size(2), like=in_RI)
         for expert, rows in self.slices:
             torch.addmm(bias_EO[expert], in_RI[rows], weight_EIO[expert], out=out_RO[rows])
         return out_RO
 
     def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
-        in_RI = grad_RO.new_empty(grad_RO.size(0), weight_EIO.size(1))
+        in_RI = empty(grad_RO.size(0), weight_EIO.size(1), like=grad_RO)
         for expert, rows in self.slices:
             torch.mm(grad_RO[rows], weight_EIO[expert].t(), out=in_RI[rows])
         return in_RI
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        weight_EIO = grad_RO.new_zeros(self.num_experts, in_RI.size(1), grad_RO.size(1))
+        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO).zero_()
         for expert, rows in self.slices:
             torch.mm(in_RI[rows].t(), grad_RO[rows], out=weight_EIO[expert])
         return weight_EIO
 
 
 def groupable(*widths: int, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped GEMM takes matrices of these widths: rows of whole 16 bytes, and a torch that has it."""
-    per_unit = 16 // dtype.itemsize
-    return hasattr(torch.nn.functional, "grouped_mm") and all(width % per_unit == 0 for width in widths)
+    """Whether torch has a grouped GEMM that takes these widths (rows of whole 16 bytes) and this dtype."""
+    has_kernel = hasattr(torch.nn.functional, "grouped_mm") and dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )
+    return has_kernel and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 LAYOUTS: dict[str, type[RowLayout]] = {"bmm": BatchedRows, "grouped": GroupedRows, "loop": LoopRows}

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, Activation
 from .config import MoEConfig
 from .dispatch import LAYOUTS, RowLayout, groupable
+from .memory import empty, row_blocks
 from .plan import RoutingPlan
 
 # Below this many rows a GEMM per active expert beats batching, whose padding and idle experts cost more (decoding).
@@ -95,13 +96,18 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
 
     Only shapes and, on a CPU, the fullest expert's count are looked at: on CUDA there is no synchronisation here.
     """
+    ragged = "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
+    if config.compute == "grouped" and ragged != "grouped":
+        raise ValueError(
+            f"moe_compute grouped cannot multiply {dtype} matrices of {config.embed_dim} x {config.expert_dim}: torch's "
+            "grouped GEMM takes half and single precision and rows of whole 16 bytes; choose auto, bmm or loop"
+        )
     if config.compute != "auto":
         return config.compute
     rows = plan.token_index_A.numel()
     pairs = plan.num_tokens * config.num_experts
     if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
         return "masked"
-    ragged = "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
     if plan.token_index_A.device.type != "cpu":
         return ragged
     if rows <= LOOP_ROWS:
@@ -134,12 +140,12 @@ class _ExpertSum(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         pre_RF = layout.linear(layout.gather(x_TD), w1, b1)
-        hidden_RF = ACTIVATIONS[activation].forward(pre_RF)
-        keep_RF = _dropout_scale(hidden_RF, dropout)
-        if keep_RF is not None:
-            hidden_RF = hidden_RF.mul_(keep_RF)
-        ctx.save_for_backward(x_TD, weight_A, w1, b1, w2, b2, pre_RF, keep_RF)
-        ctx.layout, ctx.activation = layout, activation
+        keep_RF = _dropout_scale(pre_RF, dropout)
+        keeps_graph = any(ctx.needs_input_grad)
+        hidden_RF = _hidden(pre_RF, keep_RF, ACTIVATIONS[activation], in_place=not keeps_graph)
+        if keeps_graph:
+            ctx.save_for_backward(x_TD, weight_A, w1, b1, w2, b2, pre_RF, keep_RF)
+            ctx.layout, ctx.activation = layout, activation
         return layout.combine(layout.linear(hidden_RF, w2, b2), weight_A)
 
     @staticmethod
@@ -147,27 +153,53 @@ class _ExpertSum(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_A, w1, _, w2, b2, pre_RF, keep_RF = ctx.saved_tensors
         layout, activation = ctx.layout, ACTIVATIONS[ctx.activation]
-        grad_RD = layout.gather(grad_TD.contiguous())
         weight_R = layout.spread(weight_A)
-        weight_R1 = weight_R.unsqueeze(-1).to(grad_RD.dtype)
-        hidden_RF = activation.forward(pre_RF)
+        grad_RD = layout.gather(grad_TD.contiguous())
         grad_RF = layout.input_gradient(grad_RD, w2)
-        if keep_RF is not None:
-            hidden_RF, grad_RF = hidden_RF.mul_(keep_RF), grad_RF.mul_(keep_RF)
+        hidden_RF, inner_R = _hidden_backward_(pre_RF, keep_RF, grad_RF, weight_R, activation)
         # y = weight * (hidden @ w2 + b2): both parts pair with the same gradient row
-        inner_R = torch.linalg.vecdot(hidden_RF, grad_RF) + layout.bias_inner(grad_RD, b2)
-        grad_weight_A = layout.collect(inner_R).to(weight_A.dtype)
+        grad_weight_A = layout.collect(inner_R + layout.bias_inner(grad_RD, b2)).to(weight_A.dtype)
         grad_b2 = layout.bias_gradient(grad_RD, weight_R)
-        grad_w2 = layout.weight_gradient(hidden_RF.mul_(weight_R1), grad_RD)
+        grad_w2 = layout.weight_gradient(hidden_RF, grad_RD)
         del hidden_RF, grad_RD
-        grad_pre_RF = activation.backward(grad_RF.mul_(weight_R1), pre_RF)
-        del grad_RF
-        grad_w1 = layout.weight_gradient(layout.gather(x_TD), grad_pre_RF)
-        grad_b1 = layout.bias_gradient(grad_pre_RF)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = layout.combine(layout.input_gradient(grad_pre_RF, w1), None)
+        grad_w1 = layout.weight_gradient(layout.gather(x_TD), grad_RF)
+        grad_b1 = layout.bias_gradient(grad_RF)
+        grad_x = layout.combine(layout.input_gradient(grad_RF, w1), None) if ctx.needs_input_grad[0] else None
         return grad_x, grad_weight_A, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
+
+
+def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, in_place: bool) -> Tensor:
+    """Hidden units from pre-activations; ``in_place`` when nobody needs the latter again."""
+    hidden_RF = pre_RF if in_place else empty(*pre_RF.shape, like=pre_RF)
+    for rows in row_blocks(pre_RF):
+        hidden_RF[rows] = activation.forward(pre_RF[rows])
+    return hidden_RF if keep_RF is None else hidden_RF.mul_(keep_RF)
+
+
+def _hidden_backward_(
+    pre_RF: Tensor, keep_RF: Tensor | None, grad_RF: Tensor, weight_R: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor]:
+    """Everything elementwise between the two linear maps, block by block while a block is in the cache.
+
+    Args:
+        grad_RF: gradient of the unweighted expert output times w2; becomes the gradient of ``pre_RF``.
+    Returns:
+        the hidden units times their routing weight (for the gradient of w2), and float32 (R,): the inner product of
+        hidden units and gradient (for the gradient of the routing weight).
+    """
+    hidden_RF = empty(*pre_RF.shape, like=pre_RF)
+    inner_R = torch.empty(pre_RF.size(0), dtype=torch.float32, device=pre_RF.device)
+    for rows in row_blocks(pre_RF):
+        weight_R1 = weight_R[rows].unsqueeze(-1).to(pre_RF.dtype)
+        hidden, grad = activation.forward(pre_RF[rows]), grad_RF[rows]
+        if keep_RF is not None:
+            hidden = hidden * keep_RF[rows]
+        torch.sum(hidden * grad, dim=-1, dtype=torch.float32, out=inner_R[rows])
+        torch.mul(hidden, weight_R1, out=hidden_RF[rows])
+        if keep_RF is not None:
+            grad = grad * keep_RF[rows]  # after the inner product: dropout counts once in it
+        grad_RF[rows] = activation.backward(grad * weight_R1, pre_RF[rows])
+    return hidden_RF, inner_R
 
 
 def _dropout_scale(like: Tensor, probability: float) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS
 from .capacity import make_plan
 from .config import MoEConfig
-from .experts import Experts
+from .parallel import build_experts
 from .plan import RoutingPlan
 from .routers import build_router
+
+if TYPE_CHECKING:
+    from .merged import SentenceContext
 
 
 class MoELayer(nn.Module):
@@ -23,19 +27,30 @@ class MoELayer(nn.Module):
     capacity is in force (training, or ``eval_capacity_factor``).
 
     State: ``router.*`` (routers/), ``experts.{w1,b1,w2,b2}`` (experts.py), ``shared.*`` if there is a shared expert.
+
+    With ``config.merge_experts`` this builds a ``MergedMoELayer`` (merged.py), so callers need not tell them apart.
     """
+
+    def __new__(cls, config: MoEConfig | None = None) -> MoELayer:  # copying makes an empty one
+        if cls is MoELayer and config is not None and config.merge_experts:
+            from .merged import MergedMoELayer  # which extends this class
+
+            return super().__new__(MergedMoELayer)
+        return super().__new__(cls)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        if config.merge_experts:
-            raise ValueError("merge_experts is computed by MergedMoELayer; build layers with build_moe_layer(config)")
         self.config = config
         self.router = build_router(config)
-        self.experts = Experts(config)
+        self.experts = build_experts(config)
         self.shared = SharedExpert(config) if config.shared_expert_dim else None
 
     def forward(
-        self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        padding: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        context: SentenceContext | None = None,
     ) -> tuple[Tensor, RoutingPlan]:
         """Route every token that is not padding.
 
@@ -43,6 +58,7 @@ class MoELayer(nn.Module):
             x: floating point (..., D).
             padding: bool (...), True at padding: not routed, not counted in capacity, loss or statistics; output 0.
             token_ids: int64 (...), vocabulary indices; only the hash router needs them.
+            context: only merged experts look at it (merged.py).
         Returns:
             ``y`` like ``x``, and the plan that was computed.
         Raises:
@@ -64,14 +80,16 @@ class MoELayer(nn.Module):
         self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if x.size(-1) != self.config.embed_dim or not x.is_floating_point():
-            raise ValueError(
-                f"x must be floating point (..., {self.config.embed_dim}), got {x.dtype} {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be floating point (..., {self.config.embed_dim}), got {x.dtype} {tuple(x.shape)}")
         for name, given in (("padding", padding), ("token_ids", token_ids)):
             if given is not None and given.shape != x.shape[:-1]:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, x needs {tuple(x.shape[:-1])}")
         real_T = None if padding is None else ~padding.reshape(-1).bool()
-        return x.reshape(-1, x.size(-1)), real_T, None if token_ids is None else token_ids.reshape(-1)
+        x_TD = x.reshape(-1, x.size(-1))
+        if real_T is not None:
+            # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+            x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+        return x_TD, real_T, None if token_ids is None else token_ids.reshape(-1)
 
 
 class SharedExpert(nn.Module):

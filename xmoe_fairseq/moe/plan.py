@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .balance import BalanceTerms, balance_loss
+from .balance import BalanceTerms, SpreadTerms
 
 # A rank that no choice reaches: marks the experts a token does not want. 15 bits, so that a rank, a probability and a
 # token index fit one int64 key (capacity.py); MoEConfig allows no more gates than that.
@@ -36,7 +36,7 @@ class Choices:
     rank_TE: Tensor
     score_TE: Tensor
     weight_TE: Tensor
-    balance: BalanceTerms | None
+    balance: BalanceTerms | SpreadTerms | None
     entropy: Tensor
     z_loss: Tensor | None = None
 
@@ -67,18 +67,18 @@ class RoutingPlan:
     wanted_E: Tensor
     num_tokens: int
     num_real_tokens: Tensor
-    balance: BalanceTerms | None
+    balance: BalanceTerms | SpreadTerms | None
     entropy: Tensor
     z_loss: Tensor | None
     capacity: int | None
-    row_cost: float = 1.0
+    row_cost: float | Tensor = 1.0
 
     @cached_property
     def balance_loss(self) -> Tensor:
         """Scalar float32 with gradient: the router's balance loss, unweighted; 0 where it has none."""
         if self.balance is None:
             return self.weight_A.new_zeros(())
-        return balance_loss(self.balance)
+        return self.balance.loss()
 
     @cached_property
     def experts_per_token_T(self) -> Tensor:

@@ -8,6 +8,10 @@ from torch import Tensor
 from .plan import RoutingPlan
 
 
+# what routing_sums returns
+FIGURES = ("tokens", "wanted", "used", "cost", "entropy", "passes", "load_cv", "balance")
+
+
 def routing_sums(plan: RoutingPlan) -> dict[str, Tensor]:
     """Sums of one forward pass of one layer, without gradient, without host synchronisation.
 

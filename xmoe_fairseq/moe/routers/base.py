@@ -17,6 +17,8 @@ from ..config import MoEConfig
 from ..plan import UNWANTED, Choices
 
 ROUTERS: dict[str, type[Router]] = {}
+# Chosen experts that together have less probability than this have none: null experts took it all.
+LEAST_MASS = 1e-30
 RouterClass = TypeVar("RouterClass", bound="type[Router]")
 
 
@@ -26,7 +28,9 @@ def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
     def register(cls: RouterClass) -> RouterClass:
         known = ROUTERS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+            raise ValueError(
+                f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
+            )
         ROUTERS[name] = cls
         return cls
 
@@ -113,6 +117,15 @@ class Router(nn.Module):
         return (prob_TG.clamp(min=torch.finfo(torch.float32).tiny).log() + disturbance).softmax(dim=-1)
 
 
+def refuse_settings(config: MoEConfig, **off: object) -> None:
+    """Raise ValueError where ``config`` turns on a setting that its router would silently ignore."""
+    for name, value in off.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"moe_{name} ({getattr(config, name)}) has no effect with moe_router {config.router}; set it to {value}"
+            )
+
+
 def rank_matrix(expert_TK: Tensor, chosen_TK: Tensor | None, num_gates: int, real_T: Tensor | None) -> Tensor:
     """int32 (T, G): position of each gate among a token's choices, ``UNWANTED`` elsewhere and at padding.
 
@@ -144,7 +157,8 @@ def probability_choices(
     if normalize:
         chosen_TE = torch.where(rank_TE != UNWANTED, prob_TE, 0.0)
         mass_T1 = chosen_TE.sum(dim=-1, keepdim=True)
-        weight_TE = chosen_TE / torch.where(mass_T1 > 0, mass_T1, 1.0)
+        # below this the gradient 1 / mass would overflow; the weights of such a token stay what they are, next to 0
+        weight_TE = chosen_TE / torch.where(mass_T1 > LEAST_MASS, mass_T1, 1.0)
     return Choices(
         rank_TE=rank_TE,
         score_TE=(prob_TE if score_TE is None else score_TE).detach(),

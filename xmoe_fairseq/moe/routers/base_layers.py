@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment  # exact, compiled, and everywhere; fairseq's libbase is optional
+from scipy.optimize import (
+    linear_sum_assignment,
+)  # exact, compiled, and everywhere; fairseq's libbase is optional
 from torch import Tensor
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, rank_matrix, register_router
+from .base import Router, rank_matrix, refuse_settings, register_router
 
 # The assignment costs about n^3 (40 ms for 1024 tokens on one core, 1.8 s for 4096): larger batches go block by block.
 BLOCK_TOKENS = 1024
@@ -21,14 +23,15 @@ def balanced_assignment(score_NE: Tensor) -> Tensor:
     Above ``BLOCK_TOKENS`` tokens each block is assigned by itself: still balanced, best within each block.
 
     Args:
-        score_NE: float, finite, larger is better.
+        score_NE: float, larger is better; values that are not finite count as 0.
     Returns:
         int64 (N,) on the device of ``score_NE``; computed on the host (on CUDA a synchronisation, as in the original).
     """
     num_experts = score_NE.size(1)
     # blocks of whole rounds leave the remainder to the last block, so that counts differ by one at most
     block = max(1, BLOCK_TOKENS // num_experts) * num_experts
-    score = score_NE.detach().double().cpu().numpy()
+    # a NaN must reach the loss, where training looks for it and names its layer, not stop the assignment here
+    score = score_NE.detach().double().nan_to_num(0.0, 0.0, 0.0).cpu().numpy()
     parts = [_assign_block(score[start : start + block]) for start in range(0, len(score), block)]
     expert_N = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
     return torch.from_numpy(expert_N).to(score_NE.device)
@@ -64,6 +67,11 @@ class BaseLayersRouter(Router):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         torch.nn.init.orthogonal_(self.weight, gain=0.1)
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        super().check(config)
+        refuse_settings(config, normalize_weights=False, z_loss_weight=0.0)
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.autocast(x_TD.device.type, enabled=False):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, rank_matrix, register_router
+from .base import Router, rank_matrix, refuse_settings, register_router
 
 _MASK = 0x7FFFFFFFFFFFFFFF
 
@@ -34,6 +34,11 @@ class HashRouter(Router):
         nn.Module.__init__(self)
         self.config = config
         self.register_buffer("seed", torch.tensor(config.hash_seed, dtype=torch.int64))
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        super().check(config)
+        refuse_settings(config, normalize_weights=False, input_jitter=0.0, z_loss_weight=0.0)
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         if token_ids_T is None:

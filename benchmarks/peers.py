@@ -1,0 +1,126 @@
+"""Other ways to compute the same kind of layer, to be timed beside ours. Written for comparison, not for use.
+
+Axis letters: T tokens, D width, E experts, F hidden units of one expert, C capacity, K choices.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class DenseFFN(nn.Module):
+    """Two linear maps with GELU: what every ratio is measured against."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(nn.functional.gelu(self.fc1(x_TD)))
+
+
+class _ThresholdGate(nn.Module):
+    """Softmax, full sort, cumulative mass: probability and rank of every (token, expert) pair."""
+
+    def __init__(self, width: int, num_experts: int, threshold: float) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, num_experts, bias=False)
+        self.threshold = threshold
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        prob_TE = self.gate(x_TD).softmax(-1)
+        sorted_TE, expert_TE = prob_TE.sort(-1, descending=True)
+        taken_TE = sorted_TE.cumsum(-1) - sorted_TE < self.threshold
+        taken_TE[:, 0] = True
+        wanted_TE = torch.zeros_like(taken_TE).scatter(1, expert_TE, taken_TE)
+        rank_TE = torch.empty_like(expert_TE).scatter(1, expert_TE, torch.arange(prob_TE.size(1)).expand_as(expert_TE))
+        return prob_TE, rank_TE, wanted_TE
+
+
+class LoopOverExperts(nn.Module):
+    """The released code's way: a top-C selection over the full (tokens x experts) priorities, then one module call per
+    expert on exactly C rows; every expert computes, spare places are filled with weight 0."""
+
+    def __init__(self, width: int, num_experts: int, hidden: int, threshold: float, gamma: float) -> None:
+        super().__init__()
+        self.route = _ThresholdGate(width, num_experts, threshold)
+        self.experts = nn.ModuleList(DenseFFN(width, hidden) for _ in range(num_experts))
+        self.gamma = gamma
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        num_tokens, num_experts = x_TD.size(0), len(self.experts)
+        prob_TE, rank_TE, wanted_TE = self.route(x_TD)
+        priority_TE = (num_experts - rank_TE + prob_TE) * wanted_TE
+        capacity = min(num_tokens, max(4, math.ceil(self.gamma * num_tokens / num_experts)))
+        token_CE = priority_TE.topk(capacity, dim=0).indices
+        weight_CE = (prob_TE * wanted_TE).gather(0, token_CE)
+        rows_ECD = x_TD.index_select(0, token_CE.t().reshape(-1)).view(num_experts, capacity, -1)
+        out = torch.cat([expert(rows) for expert, rows in zip(self.experts, rows_ECD.unbind(0), strict=True)])
+        scaled = out * weight_CE.t().reshape(-1, 1)
+        return torch.zeros_like(x_TD).index_add(0, token_CE.t().reshape(-1), scaled)
+
+
+class PlainBatched(nn.Module):
+    """Vectorised with stacked weights and batched GEMMs, but left to autograd: keeps gathered rows and expert outputs."""
+
+    def __init__(self, width: int, num_experts: int, hidden: int, threshold: float, gamma: float) -> None:
+        super().__init__()
+        self.route = _ThresholdGate(width, num_experts, threshold)
+        self.w1 = nn.Parameter(torch.randn(num_experts, width, hidden) / math.sqrt(width))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, 1, hidden))
+        self.w2 = nn.Parameter(torch.randn(num_experts, hidden, width) / math.sqrt(hidden))
+        self.b2 = nn.Parameter(torch.zeros(num_experts, 1, width))
+        self.gamma = gamma
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        num_tokens, num_experts = x_TD.size(0), self.w1.size(0)
+        prob_TE, rank_TE, wanted_TE = self.route(x_TD)
+        priority_TE = (num_experts - rank_TE + prob_TE) * wanted_TE
+        capacity = min(num_tokens, max(4, math.ceil(self.gamma * num_tokens / num_experts)))
+        token_CE = priority_TE.topk(capacity, dim=0).indices
+        token_R = token_CE.t().reshape(-1)
+        weight_R1 = (prob_TE * wanted_TE).gather(0, token_CE).t().reshape(-1, 1)
+        rows_ECD = x_TD[token_R].view(num_experts, capacity, -1)
+        hidden = nn.functional.gelu(torch.baddbmm(self.b1, rows_ECD, self.w1))
+        out_RD = torch.baddbmm(self.b2, hidden, self.w2).flatten(0, 1)
+        return torch.zeros_like(x_TD).index_add(0, token_R, out_RD * weight_R1)
+
+
+class ExpertGemms(nn.Module):
+    """The batched GEMMs alone, on rows that are already in place: the floor of what a batched layer can reach."""
+
+    def __init__(self, width: int, num_experts: int, hidden: int, rows_per_expert: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(num_experts, width, hidden) / math.sqrt(width))
+        self.w2 = nn.Parameter(torch.randn(num_experts, hidden, width) / math.sqrt(hidden))
+        self.shape = (num_experts, rows_per_expert, width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return (rows.view(self.shape) @ self.w1 @ self.w2).view(-1, self.shape[-1])
+
+
+def fairscale_moe(width: int, num_experts: int, hidden: int) -> nn.Module:
+    """fairscale's MOELayer with its top-2 gate (capacity 2 T / E, fixed) on one process; starts a process group."""
+    import tempfile
+
+    import torch.distributed as dist
+    from fairscale.nn import MOELayer, Top2Gate
+
+    if not dist.is_initialized():
+        store = dist.FileStore(tempfile.NamedTemporaryFile(delete=False).name, 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    experts = nn.ModuleList(DenseFFN(width, hidden) for _ in range(num_experts))
+    layer = MOELayer(Top2Gate(width, num_experts), experts)
+
+    class OneSentence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x_TD: Tensor) -> Tensor:
+            return self.layer(x_TD.unsqueeze(1)).squeeze(1)
+
+    return OneSentence()

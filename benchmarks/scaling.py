@@ -1,0 +1,146 @@
+"""Wall time of a MoE layer against its FLOPs and its granularity (the paper's Fig 8, redrawn), on one machine.
+
+    python -m benchmarks.scaling [--tokens 4096] [--device cpu] [--dtype float32] [--repeats 5]
+
+Three sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
+  flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
+  granularity  training; one dense FFN's FLOPs kept, experts from 8 x 2048 to 512 x 256 of equal kept rows x units
+  fine         inference and training; experts of size 1 cut from one dense FFN (2048 x 1) and 16,384 x 1, in bounded memory
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import RESULTS, interleaved, peak_bytes, summarise, table, write_result
+from benchmarks.layer import DENSE, WIDTH, inference, train_step
+from benchmarks.peers import DenseFFN
+from xmoe_fairseq.moe import MoEConfig, MoELayer
+
+SIZES = ((32, 2048), (64, 1024), (128, 512), (256, 256))
+
+
+def layer_of(num_experts: int, expert_dim: int, flops_share: float) -> MoELayer:
+    """A layer whose full experts compute ``flops_share`` of a dense FFN's FLOPs."""
+    gamma = flops_share * DENSE / expert_dim
+    return MoELayer(
+        MoEConfig(WIDTH, num_experts, expert_dim, capacity_factor=gamma, eval_capacity_factor=gamma, dense_dim=DENSE)
+    )
+
+
+def counted_share(layer: MoELayer, x_TD: torch.Tensor) -> float:
+    """FLOPs of the rows that one pass really computes, relative to the dense FFN."""
+    with torch.no_grad():
+        plan = layer(x_TD)[1]
+    return plan.token_index_A.numel() * plan.row_cost / x_TD.size(0)
+
+
+def sweep_flops(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    modules = {"dense": DenseFFN(WIDTH, DENSE)}
+    for experts, size in SIZES:
+        for share in (1.0, 0.5, 0.25, 0.125):
+            modules[f"{experts}x{size} {share:g}"] = layer_of(experts, size, share)
+    rows = []
+    # one size at a time, so that every weight fits the memory and the turns stay short
+    for experts, size in SIZES:
+        chosen = {
+            name: module.to(x_TD).eval()
+            for name, module in modules.items()
+            if name.startswith((f"{experts}x{size} ", "dense"))
+        }
+        summary = summarise(
+            interleaved({n: inference(m, x_TD) for n, m in chosen.items()}, options.repeats, options.device),
+            "dense",
+        )
+        for name, module in chosen.items():
+            if isinstance(module, MoELayer):
+                rows.append(
+                    {
+                        "sweep": "flops",
+                        "case": f"{experts}x{size}",
+                        "flops": counted_share(module, x_TD),
+                        **summary[name],
+                    }
+                )
+                del modules[name]
+    return rows
+
+
+def sweep_granularity(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    """Experts of 2048 / g units, gamma g: equal parameters, FLOPs and kept rows x units."""
+    grad = torch.randn_like(x_TD)
+    dense = DenseFFN(WIDTH, DENSE).to(x_TD)
+    runs, peaks = {"dense": train_step(dense, x_TD, grad)}, {}
+    for experts, size in ((8, 2048), (32, 512), (64, 256), (128, 128), (512, 32)):
+        module = layer_of(experts, size, 1.0).to(x_TD)
+        runs[f"{experts}x{size}"] = train_step(module, x_TD, grad)
+    for name, run in runs.items():
+        peaks[name] = peak_bytes(run, options.device) / 1e6
+    summary = summarise(interleaved(runs, options.repeats, options.device), "dense")
+    return [{"sweep": "granularity", "case": name, "peak_MB": peaks[name], **row} for name, row in summary.items()]
+
+
+def sweep_fine(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    rows = []
+    for experts in (2048, 16384):
+        dense = DenseFFN(WIDTH, experts).to(x_TD)
+        layer = MoELayer(MoEConfig(WIDTH, experts, 1, capacity_factor=None)).to(x_TD)
+        for mode in ("infer", "train"):
+            modules = {"dense": dense, "ours": layer}
+            if mode == "train":
+                runs = {name: train_step(module, x_TD, torch.randn_like(x_TD)) for name, module in modules.items()}
+            else:
+                runs = {name: inference(module, x_TD) for name, module in modules.items()}
+            peak = {name: peak_bytes(run, options.device) / 1e6 for name, run in runs.items()}
+            for name, row in summarise(
+                interleaved(runs, max(2, options.repeats // 2), options.device), "dense"
+            ).items():
+                rows.append({"sweep": f"fine, {mode}", "case": f"{experts}x1 {name}", "peak_MB": peak[name], **row})
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Fig 8: milliseconds against FLOPs, one line per expert size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for case in dict.fromkeys(row["case"] for row in rows if row["sweep"] == "flops"):
+        line = sorted((row["flops"], row["ratio"]) for row in rows if row["case"] == case and row["sweep"] == "flops")
+        axes.plot(*zip(*line, strict=True), marker="o", label=case)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="time = FLOPs")
+    axes.set_xlabel("FLOPs / dense FFN's FLOPs")
+    axes.set_ylabel("time / dense FFN's time")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--fine-tokens", type=int, default=1024, help="tokens of the sweep over experts of size 1")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/); the plot goes beside it")
+    options = parser.parse_args()
+    like = {"dtype": getattr(torch, options.dtype), "device": options.device}
+    x_TD = torch.randn(options.tokens, WIDTH, **like)
+    rows = sweep_flops(x_TD, options) + sweep_granularity(x_TD, options)
+    rows += sweep_fine(torch.randn(options.fine_tokens, WIDTH, **like), options)
+    print(table(rows, ["sweep", "case", "flops", "ms", "ratio", "ratio_p10", "ratio_p90", "peak_MB"]))
+    path = write_result(f"scaling-{options.dtype}-{options.device}", {"rows": rows}, options.out)
+    RESULTS.mkdir(exist_ok=True)
+    draw(rows, path.with_suffix(".png"))
+    print("written:", path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Raw parallel text -> checked -> clean -> subwords -> binary. Every module is a ``python -m`` command."""

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+Usage: data_prep/binarise.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --subwords DIR --out DIR
+                             [--workers N] [--dry-run]
+
+Encodes clean text PREFIX.SRC and PREFIX.TGT with the subwords of `python -m data_prep.subwords learn` and turns it
+into fairseq's binary format: fairseq-train, fairseq-hydra-train and fairseq-generate read DIR. Both languages share
+a dictionary if the subwords are joint, else each has its own. The encoded text stays in DIR/encoded, line counts and
+checksums in DIR/encoded.tsv and DIR/binary.tsv.
+
+  --workers N  threads of encoding and processes of fairseq-preprocess (default: the number of cores)
+  --dry-run    print the commands, ready to be copied, and run nothing
+Needs the environment of scripts/setup.sh, or fairseq's commands in PATH. Exit: 0 done, 1 failed, 2 bad arguments.
+TEXT
+}
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
+
+pair='' train='' valid='' test='' subwords='' out='' workers=$(nproc)
+while (($#)); do
+    case $1 in
+        -h | --help) usage && exit 0 ;;
+        --dry-run) dry_run=yes && shift && continue ;;
+    esac
+    case $1 in
+        --pair | --train | --valid | --test | --subwords | --out | --workers)
+            need_value "$1" $#
+            printf -v "${1#--}" '%s' "$2"
+            ;;
+        *) die "unknown argument '$1'; see --help" 2 ;;
+    esac
+    shift 2
+done
+need_pair "$pair"
+for name in train valid test subwords out; do [[ -n ${!name} ]] || die "--$name is needed; see --help" 2; done
+need_whole_number --workers "$workers" 1
+languages=("${pair%-*}" "${pair#*-}")
+for name in train valid test subwords out; do printf -v "$name" '%s' "$(absolute "${!name}")"; done
+
+check_inputs() {
+    local split language
+    [[ -f $subwords/subwords.json ]] || die "$subwords: no subwords there; learn them: python -m data_prep.subwords learn"
+    for split in train valid test; do
+        for language in "${languages[@]}"; do
+            [[ -s ${!split}.$language ]] || die "--$split: ${!split}.$language is missing or empty"
+        done
+    done
+    run python -m data_prep.validate --pair "$pair" "$train" "$valid" "$test"
+}
+
+encode() {
+    local split language
+    run mkdir -p "$out/encoded"
+    for split in train valid test; do
+        for language in "${languages[@]}"; do
+            run python -m data_prep.subwords encode --model "$subwords" --language "$language" --threads "$workers" \
+                --input "${!split}.$language" --output "$out/encoded/$split.$language"
+        done
+    done
+    run bash "$root/data_prep/checksums.sh" --out "$out/encoded.tsv" \
+        "$out"/encoded/{train,valid,test}."${languages[0]}" "$out"/encoded/{train,valid,test}."${languages[1]}"
+}
+
+# fairseq-preprocess writes in place: an interruption must not leave a half-written file under its final name.
+binarise() {
+    local part=$out/binary.partial dictionaries
+    if [[ -f $subwords/dict.txt ]]; then
+        dictionaries=(--joined-dictionary --srcdict "$subwords/dict.txt")
+    else
+        dictionaries=(--srcdict "$subwords/dict.${languages[0]}.txt" --tgtdict "$subwords/dict.${languages[1]}.txt")
+    fi
+    run rm -rf "$part"
+    run fairseq-preprocess --source-lang "${languages[0]}" --target-lang "${languages[1]}" \
+        --trainpref "$out/encoded/train" --validpref "$out/encoded/valid" --testpref "$out/encoded/test" \
+        "${dictionaries[@]}" --destdir "$part" --workers "$workers"
+    # the last file that fairseq-preprocess writes: without it, it failed however it exited
+    [[ -n $dry_run || -s $part/test.$pair.${languages[1]}.idx ]] || die "fairseq-preprocess left no complete data in $part"
+    local files=("dict.${languages[0]}.txt" "dict.${languages[1]}.txt") split language
+    for split in train valid test; do
+        for language in "${languages[@]}"; do files+=("$split.$pair.$language.bin" "$split.$pair.$language.idx"); done
+    done
+    run mv -f "${files[@]/#/$part/}" "$out/"
+    run rm -rf "$part"
+    run bash "$root/data_prep/checksums.sh" --out "$out/binary.tsv" "${files[@]/#/$out/}"
+}
+
+use_environment
+if [[ -n $dry_run ]]; then printf 'cd %q\n' "$root"; fi
+cd "$root"
+check_inputs
+encode
+binarise
+log "ready: fairseq-train $out"

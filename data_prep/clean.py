@@ -1,0 +1,533 @@
+"""Mend and filter raw parallel text: streaming, several processes, bounded memory, a report by rule.
+
+A pair of lines is mended (entities, NFC, invisible characters, white space), then tested by the rules below
+in this order; the first rule that fails drops it. The output has the input's order and does not depend on
+``--workers``. Memory: a few chunks for each worker, and for duplicates 8 bytes for each kept pair (at most 24
+while the store merges; twice as much for --duplicates either), whatever the lines' length. Hashes of 64 bits
+lose a good pair by collision with a probability below 3e-5 in 30 million pairs.
+"""
+
+import argparse
+import functools
+import hashlib
+import html
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import regex
+from tqdm import tqdm
+
+from data_prep.textio import (
+    DataError,
+    at_least,
+    language_pair,
+    read_lines,
+    require_file,
+    run_command,
+    sha256_of,
+    split_lines,
+    write_aside,
+)
+
+RULES = {
+    "encoding": "a side is not valid UTF-8",
+    "empty": "a side is empty",
+    "control": "a side holds a control, private-use, surrogate or unassigned character, or U+FFFD",
+    "length": "a side is shorter or longer than allowed, in words or characters",
+    "ratio": "one side is too long for the other",
+    "identical": "both sides are equal, letter case aside",
+    "script": "too few letters of a side are in the script of its language",
+    "language": "language identification is sure that a side is in another language",
+    "held_out": "a side occurs in a text given by --exclude",
+    "duplicate": "the pair (or, by --duplicates, a side) occurred before",
+}
+ALWAYS = ("encoding", "empty")  # nothing downstream can work without these two
+MENDS = ("entities", "nfc", "invisible", "white_space")
+SCRIPTS = {
+    **dict.fromkeys(["be", "bg", "kk", "mk", "ru", "sr", "uk"], "Cyrillic"),
+    **dict.fromkeys(["cs", "da", "de", "en", "es", "et", "fi", "fr", "hr", "hu", "is", "it"], "Latin"),
+    **dict.fromkeys(["lt", "lv", "nl", "no", "pl", "pt", "ro", "sk", "sl", "sv", "tr", "vi"], "Latin"),
+    "ar": "Arabic", "el": "Greek", "fa": "Arabic", "he": "Hebrew", "hi": "Devanagari", "hy": "Armenian",
+    "ja": "Han Hiragana Katakana", "ka": "Georgian", "ko": "Hangul", "th": "Thai", "zh": "Han",
+}  # fmt: skip
+NO_SPACES = ("ja", "th", "zh")  # no words to count without a segmenter
+# Characters for one English character, measured on FLORES-200 dev; 1 for other languages.
+CHARS_PER_ENGLISH = {"zh": 0.34, "ja": 0.42, "ko": 0.5, "he": 0.8, "ar": 0.87}
+CHUNK_LINES = 4000
+HASH_BYTES = 8
+
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]+")
+_BAD = regex.compile(r"[\p{Cc}\p{Co}\p{Cs}\p{Cn}\ufffd]")
+_LETTER = regex.compile(r"\p{L}+")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides about a pair; the report repeats it."""
+
+    source: str
+    target: str
+    source_script: str
+    target_script: str
+    skip: tuple[str, ...] = ()
+    min_words: int = 1
+    max_words: int = 200
+    max_chars: int = 1000
+    max_ratio: float = 3.0
+    min_script: float = 0.5
+    language_id: str = "none"
+    min_confidence: float = 0.8
+    duplicates: str = "pair"
+
+
+@dataclass
+class Chunk:
+    """What a worker hands back: kept lines, the hashes of both sides (uint64, kept x 2), counts by name."""
+
+    lines: list[tuple[bytes, bytes]]
+    hashes: np.ndarray
+    dropped: Counter[str]
+    mended: Counter[str]
+
+
+def mend(text: str, counts: Counter[str]) -> str:
+    """Undo HTML entities, compose (NFC), drop invisible characters and make white space single spaces.
+
+    ``counts`` gains one for each of MENDS that changed the line.
+    """
+    if "&" in text and (decoded := html.unescape(text)) != text:
+        counts["entities"] += 1
+        text = decoded
+    if not unicodedata.is_normalized("NFC", text):
+        counts["nfc"] += 1
+        text = unicodedata.normalize("NFC", text)
+    if _INVISIBLE.search(text):
+        counts["invisible"] += 1
+        text = _INVISIBLE.sub("", text)
+    if (spaced := " ".join(text.split())) != text:
+        counts["white_space"] += 1
+    return spaced
+
+
+@functools.cache
+def _script_letters(script: str) -> "regex.Pattern[str]":
+    return regex.compile("[" + "".join(rf"\p{{Script={name}}}" for name in script.split()) + "]+")
+
+
+def script_share(text: str, script: str) -> float:
+    """Share of the letters that are in one of the named Unicode scripts; 1 for a text without letters."""
+    letters = sum(map(len, _LETTER.findall(text)))
+    return (
+        sum(map(len, _script_letters(script).findall("".join(_LETTER.findall(text))))) / letters
+        if letters
+        else 1.0
+    )
+
+
+def length_ratio(source: str, target: str, source_language: str, target_language: str) -> float:
+    """How many times longer one side is than expected of the other, at least 1.
+
+    In characters, brought to English by CHARS_PER_ENGLISH; 10 more on each side, so that short lines pass.
+    """
+    ours = len(source) / CHARS_PER_ENGLISH.get(source_language, 1.0) + 10
+    theirs = len(target) / CHARS_PER_ENGLISH.get(target_language, 1.0) + 10
+    return max(ours / theirs, theirs / ours)
+
+
+@functools.cache
+def language_identifier() -> Callable[[str], tuple[str, float]]:
+    """py3langid with probabilities over all its languages; loaded once for each process."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise DataError(
+            f"--language-id py3langid: {error}; install it by: pip install py3langid==0.4.0"
+        ) from None
+    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
+        MODEL_FILE, norm_probs=True
+    ).classify
+    return classify
+
+
+def failed_rule(source: str, target: str, settings: Settings) -> str | None:
+    """The first rule, of those that need no memory of other lines, that a mended pair fails."""
+    sides = (
+        (source, settings.source, settings.source_script),
+        (target, settings.target, settings.target_script),
+    )
+    if not source or not target:
+        return "empty"
+    tests: dict[str, Callable[[], bool]] = {
+        "control": lambda: any(_BAD.search(text) for text, _, _ in sides),
+        "length": lambda: any(_wrong_length(text, language, settings) for text, language, _ in sides),
+        "ratio": lambda: length_ratio(source, target, settings.source, settings.target) > settings.max_ratio,
+        "identical": lambda: source.casefold() == target.casefold(),
+        "script": lambda: any(script_share(text, script) < settings.min_script for text, _, script in sides),
+        "language": lambda: (
+            settings.language_id != "none"
+            and any(_other_language(text, language, settings.min_confidence) for text, language, _ in sides)
+        ),
+    }
+    return next((rule for rule, fails in tests.items() if rule not in settings.skip and fails()), None)
+
+
+def _wrong_length(text: str, language: str, settings: Settings) -> bool:
+    if len(text) > settings.max_chars:
+        return True
+    return language not in NO_SPACES and not settings.min_words <= text.count(" ") + 1 <= settings.max_words
+
+
+def _other_language(text: str, language: str, min_confidence: float) -> bool:
+    found, confidence = language_identifier()(text)
+    return found != language and confidence >= min_confidence
+
+
+def side_hash(side: int, text: bytes) -> bytes:
+    """8 bytes; the same text hashes apart on the two sides."""
+    return hashlib.blake2b(text, digest_size=HASH_BYTES, person=b"%d" % side).digest()
+
+
+def clean_chunk(source_block: bytes, target_block: bytes, settings: Settings) -> Chunk:
+    """Mend and test equally many lines of both sides; runs in a worker."""
+    dropped: Counter[str] = Counter()
+    mended: Counter[str] = Counter()
+    lines: list[tuple[bytes, bytes]] = []
+    for raw_pair in zip(split_lines(source_block), split_lines(target_block), strict=True):
+        try:
+            source, target = (mend(raw.decode(), mended) for raw in raw_pair)
+        except UnicodeDecodeError:
+            dropped["encoding"] += 1
+            continue
+        if rule := failed_rule(source, target, settings):
+            dropped[rule] += 1
+        else:
+            lines.append((source.encode(), target.encode()))
+    digests = b"".join(side_hash(side, pair[side]) for pair in lines for side in (0, 1))
+    return Chunk(lines, np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2), dropped, mended)
+
+
+class SeenHashes:
+    """A growing set of 64-bit hashes in a few sorted arrays: 8 bytes each, at most 24 while two merge."""
+
+    def __init__(self) -> None:
+        self._sorted: list[np.ndarray] = []
+
+    def contains(self, hashes: np.ndarray) -> np.ndarray:
+        """Bool for each of ``hashes`` (uint64): was it added before?"""
+        found = np.zeros(len(hashes), dtype=bool)
+        for known in self._sorted:
+            place = np.searchsorted(known, hashes)
+            found |= known[np.minimum(place, len(known) - 1)] == hashes
+        return found
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Add new hashes; arrays of like size merge, so there are only about log2(n) of them."""
+        if len(hashes):
+            self._sorted.append(np.sort(hashes))
+        while len(self._sorted) > 1 and len(self._sorted[-2]) <= 2 * len(self._sorted[-1]):
+            self._sorted[-2:] = [np.sort(np.concatenate(self._sorted[-2:]), kind="stable")]
+
+
+class Memory:
+    """The two rules that look at other lines; used by the main process alone, in the input's order."""
+
+    def __init__(self, settings: Settings, exclude: Sequence[Path]) -> None:
+        self._columns = _duplicate_columns(settings)
+        self._seen = [SeenHashes() for _ in self._columns]
+        self._held_out = [SeenHashes(), SeenHashes()]
+        for prefix in exclude:
+            for side, language in enumerate((settings.source, settings.target)):
+                self._held_out[side].add(hashes_of_file(Path(f"{prefix}.{language}"), side))
+
+    def keep(self, chunk: Chunk) -> np.ndarray:
+        """Bool for each kept line of the chunk; counts what the two rules drop."""
+        held_out = self._held_out[0].contains(chunk.hashes[:, 0]) | self._held_out[1].contains(
+            chunk.hashes[:, 1]
+        )
+        chunk.dropped["held_out"] += int(held_out.sum())
+        duplicate = np.zeros(len(held_out), dtype=bool)
+        keys = [column(chunk.hashes) for column in self._columns]
+        for key, seen in zip(keys, self._seen, strict=True):
+            duplicate |= seen.contains(key)
+        kept = ~held_out & ~duplicate
+        # within the chunk: keep a line only if none of its keys belongs to an earlier kept line
+        own: list[set[int]] = [set() for _ in keys]
+        for row in np.flatnonzero(kept) if keys else ():
+            values = [int(key[row]) for key in keys]
+            if any(value in known for value, known in zip(values, own, strict=True)):
+                kept[row] = False
+                continue
+            for value, known in zip(values, own, strict=True):
+                known.add(value)
+        for key, seen in zip(keys, self._seen, strict=True):
+            seen.add(key[kept])
+        chunk.dropped["duplicate"] += int((~kept & ~held_out).sum())
+        return np.asarray(kept)
+
+
+def _duplicate_columns(settings: Settings) -> list[Callable[[np.ndarray], np.ndarray]]:
+    if settings.duplicates == "none" or "duplicate" in settings.skip:
+        return []
+    columns: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {
+        # an odd factor mixes the sides, so that swapped or equal hashes do not cancel
+        "pair": [lambda hashes: hashes[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ hashes[:, 1]],
+        "source": [lambda hashes: hashes[:, 0]],
+        "target": [lambda hashes: hashes[:, 1]],
+    }
+    return columns.get(settings.duplicates) or columns["source"] + columns["target"]
+
+
+def hashes_of_file(path: Path, side: int) -> np.ndarray:
+    """Distinct hashes of the mended lines of a file."""
+    counts: Counter[str] = Counter()
+    with require_file(path, "text to exclude").open("rb") as file:
+        mended = (mend(raw.decode(errors="replace"), counts).encode() for raw in read_lines(file))
+        return np.unique(np.frombuffer(b"".join(side_hash(side, line) for line in mended), dtype=np.uint64))
+
+
+def read_chunks(
+    source: BinaryIO, target: BinaryIO, names: tuple[Path, Path]
+) -> Iterator[tuple[bytes, bytes]]:
+    """Blocks of CHUNK_LINES whole lines of both sides. Raises: DataError if one side ends first."""
+    total = 0
+    while True:
+        blocks = [list(itertools.islice(file, CHUNK_LINES)) for file in (source, target)]
+        if len(blocks[0]) != len(blocks[1]):
+            counts = [
+                total + len(blocks[side]) + sum(1 for _ in file) for side, file in enumerate((source, target))
+            ]
+            raise DataError(
+                f"{names[0]} has {counts[0]} lines, {names[1]} has {counts[1]}: both sides need "
+                "equal counts; nothing was written; export both again, together"
+            )
+        if not blocks[0]:
+            return
+        total += len(blocks[0])
+        yield b"".join(blocks[0]), b"".join(blocks[1])
+
+
+def ordered_map(blocks: Iterable[tuple[bytes, bytes]], settings: Settings, workers: int) -> Iterator[Chunk]:
+    """clean_chunk over all blocks in order, with at most 3 chunks a worker in flight."""
+    if workers == 1:
+        yield from (clean_chunk(*block, settings) for block in blocks)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        waiting: deque[Future[Chunk]] = deque()
+        for block in blocks:
+            waiting.append(pool.submit(clean_chunk, *block, settings))
+            if len(waiting) >= 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def clean(
+    source: Path, target: Path, out: Path, settings: Settings, *, workers: int, exclude: Sequence[Path]
+) -> dict[str, Any]:
+    """Clean ``source`` and ``target`` into ``out.SRC`` and ``out.TGT``; both appear only when all went well.
+
+    Returns: the report: settings, line counts, what each rule dropped and each mend changed, seconds, sha256.
+    Raises: DataError for missing or unequal files, or if no pair is left.
+    """
+    start, dropped, mended = time.perf_counter(), Counter(), Counter()  # type: ignore[var-annotated]
+    memory, num_kept = Memory(settings, exclude), 0
+    outputs = [Path(f"{out}.{settings.source}"), Path(f"{out}.{settings.target}")]
+    progress = tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="clean", disable=None)
+    with source.open("rb") as source_file, target.open("rb") as target_file, write_aside(outputs) as files:
+        chunks = ordered_map(read_chunks(source_file, target_file, (source, target)), settings, workers)
+        for chunk in chunks:
+            kept = memory.keep(chunk)
+            for side, file in enumerate(files):
+                file.writelines(
+                    pair[side] + b"\n" for pair, keep in zip(chunk.lines, kept, strict=True) if keep
+                )
+            num_kept += int(kept.sum())
+            dropped.update(chunk.dropped)
+            mended.update(chunk.mended)
+            progress.update(source_file.tell() - progress.n)
+        progress.close()
+        if not num_kept:
+            raise DataError(
+                f"no pair of {source} is left ({dict(+dropped)}); nothing was written; see --help for limits"
+            )
+    return {
+        "settings": asdict(settings),
+        "lines_in": num_kept + sum(dropped.values()),
+        "lines_out": num_kept,
+        "dropped": {rule: dropped[rule] for rule in RULES},
+        "mended_lines": {name: mended[name] for name in MENDS},
+        "seconds": round(time.perf_counter() - start, 2),
+        "workers": workers,
+        "sha256": {path.name: sha256_of(path) for path in outputs},
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    lines_in = report["lines_in"]
+    print(f"{'rule':<12}{'dropped':>12}{'share':>9}")
+    for rule, count in report["dropped"].items():
+        print(f"{rule:<12}{count:>12}{count / lines_in:>9.2%}")
+    print(
+        f"{'kept':<12}{report['lines_out']:>12}{report['lines_out'] / lines_in:>9.2%}   of {lines_in} pairs"
+    )
+    mends = ", ".join(f"{name} {count}" for name, count in report["mended_lines"].items())
+    print(f"mended lines (both sides, before the rules): {mends}")
+
+
+def script_name(text: str) -> tuple[str, str]:
+    language, _, script = text.partition("=")
+    try:
+        _script_letters(script)
+    except regex.error:
+        script = ""
+    if not language or not script:
+        raise argparse.ArgumentTypeError(
+            f"wants LANGUAGE=Script with a Unicode script, such as th=Thai; got {text!r}"
+        )
+    return language, script
+
+
+def bounded_number(minimum: float, maximum: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(
+                f"must be a number from {minimum:g} to {maximum:g}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
+def _add_rule_settings(add: Callable[..., Any]) -> None:
+    add(
+        "--skip",
+        nargs="+",
+        default=[],
+        choices=[r for r in RULES if r not in ALWAYS],
+        help="rules to leave out",
+    )
+    add("--min-words", type=at_least(1), default=1, help="default 1; not counted for ja, th, zh")
+    add("--max-words", type=at_least(1), default=200, help="default 200; not counted for ja, th, zh")
+    add("--max-chars", type=at_least(1), default=1000, help="default 1000")
+    ratio_help = "longest allowed ratio of expected lengths (default 3)"
+    add("--max-ratio", type=bounded_number(1, 1000), default=3.0, help=ratio_help)
+    add(
+        "--min-script",
+        type=bounded_number(0, 1),
+        default=0.5,
+        help="share of letters in the script (default 0.5)",
+    )
+    add(
+        "--script",
+        type=script_name,
+        action="append",
+        default=[],
+        help="script of a language: LANGUAGE=Script",
+    )
+    add(
+        "--language-id",
+        choices=("none", "py3langid"),
+        default="none",
+        help="default none; see data_prep/README.md",
+    )
+    sure_help = "how sure identification must be of another language to drop (default 0.8)"
+    add("--min-confidence", type=bounded_number(0, 1), default=0.8, help=sure_help)
+    duplicate_choices = ("pair", "source", "target", "either", "none")
+    add("--duplicates", choices=duplicate_choices, default="pair", help="what may not repeat (default pair)")
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="PREFIX",
+        help="held-out texts, such as the test sets",
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    rules = "\n".join(f"  {rule:<10} {text}" for rule, text in RULES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.clean",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Mend and filter PREFIX.SRC and PREFIX.TGT. Exit: 0 done, 1 failed, 2 bad arguments.",
+        epilog=f"rules, in their order; a pair is dropped if\n{rules}",
+    )
+    add = parser.add_argument
+    add("--pair", type=language_pair, required=True, metavar="SRC-TGT", help="for instance uk-en")
+    add("--input", required=True, metavar="PREFIX", help="reads PREFIX.SRC and PREFIX.TGT")
+    add(
+        "--output",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.SRC, PREFIX.TGT and PREFIX.report.json",
+    )
+    _add_rule_settings(add)
+    add("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes (default: all cores)")
+    args = parser.parse_args(argv)
+    check_together(parser, args)
+    return args
+
+
+def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse settings that contradict each other; look up the scripts of the two languages."""
+    if args.min_words > args.max_words:
+        parser.error(f"--min-words {args.min_words} must not be above --max-words {args.max_words}")
+    if Path(args.input).resolve() == Path(args.output).resolve():
+        parser.error(f"--output {args.output}: is the input; give another prefix, so that the raw text stays")
+    known = {**SCRIPTS, **dict(args.script)}
+    for language in args.pair:
+        if language not in known and "script" not in args.skip:
+            parser.error(f"no script known for {language!r}; give --script {language}=NAME, or --skip script")
+    args.scripts = [known.get(language, "") for language in args.pair]
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(
+        source=args.pair[0],
+        target=args.pair[1],
+        source_script=args.scripts[0],
+        target_script=args.scripts[1],
+        skip=tuple(sorted(set(args.skip))),
+        min_words=args.min_words,
+        max_words=args.max_words,
+        max_chars=args.max_chars,
+        max_ratio=args.max_ratio,
+        min_script=args.min_script,
+        language_id=args.language_id,
+        min_confidence=args.min_confidence,
+        duplicates=args.duplicates,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    settings = settings_of(args)
+    if settings.language_id != "none":
+        language_identifier()  # a missing package shows here, not in a worker
+    source, target = (require_file(Path(f"{args.input}.{language}"), "raw text") for language in args.pair)
+    exclude = [] if "held_out" in settings.skip else args.exclude
+    report = clean(source, target, Path(args.output), settings, workers=args.workers, exclude=exclude)
+    with write_aside([Path(f"{args.output}.report.json")]) as (file,):
+        file.write((json.dumps(report, indent=2) + "\n").encode())
+    print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, "clean"))

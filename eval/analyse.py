@@ -1,0 +1,342 @@
+"""Analyse what a trained model's router does on a test set, and write one JSON of all figures.
+
+python -m eval.analyse --path CKPT --data DATABIN --user-dir xmoe_fairseq --output analysis.json
+
+Runs real forward passes with teacher forcing and counts what the routing plans say: load, dead experts, experts
+by kind, frequency and place of a token, agreement of layers, similarity of experts, positive hidden units. With
+--subwords it also translates, for the routing explorer and for BLEU. Then it lowers the threshold and the
+capacity. eval.report draws the page; docs/reading-a-routing.md explains every figure and the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from eval import files
+from eval.analysis import corpus as corpora
+from eval.analysis import passes, translation
+from eval.analysis.history import read_history
+from eval.analysis.loading import Loaded, load, moe_layers
+from eval.translate import parse_overrides
+from eval.translator import load_subwords
+
+SCHEMA = 1
+DEFAULT_CAPACITIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+DEFAULT_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+
+
+def analyse(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command line asks for. Raises: ValueError or FileNotFoundError for what a user can mend."""
+    history = read_history(args.training_log) if args.training_log else None
+    loaded = load(
+        args.path,
+        data=args.data,
+        user_dir=args.user_dir,
+        overrides=parse_overrides(args.model_overrides),
+        device="cpu" if args.cpu else None,
+    )
+    corpus = _corpus(args, loaded)
+    result = {
+        "schema": SCHEMA,
+        "checkpoint": describe(loaded),
+        "data": {
+            "set": args.source or args.gen_subset,
+            "sentences": len(corpus.indices),
+            "skipped": corpus.num_skipped,
+        },
+        **passes.observe(loaded, corpus, max_tokens=args.max_tokens, progress=True),
+        "history": history,
+    }
+    search, references = _search(args, loaded, corpus)
+    with tqdm(total=_num_points(args, loaded), unit="pass", desc="sweeps") as bar:
+        result["sweeps"] = _sweeps(args, loaded, corpus, search, references, bar)
+    result["checkpoints"] = [_checkpoint_point(args, path) for path in args.checkpoints]
+    result["explorer"] = _explorer(args, loaded, corpus, search, references)
+    result["problems"] = problems(result)
+    return finite(result)
+
+
+def describe(loaded: Loaded) -> dict[str, Any]:
+    """What the figures belong to."""
+    model = (
+        vars(loaded.cfg.model)
+        if hasattr(loaded.cfg.model, "__dict__") and "arch" in vars(loaded.cfg.model)
+        else {}
+    )
+    get = model.get if model else lambda name, default=None: getattr(loaded.cfg.model, name, default)
+    layers = moe_layers(loaded.model)
+    config = next(iter(layers.values())).config if layers else None
+    return {
+        "path": loaded.path,
+        "arch": get("arch") or get("_name"),
+        "num_updates": loaded.num_updates,
+        "num_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "num_moe_layers": len(layers),
+        "router": config and config.router,
+        "num_experts": config and config.num_experts,
+        "expert_dim": config and config.expert_dim,
+        "threshold": config.threshold if config and config.router == "threshold" else None,
+        "top_k": config and config.top_k,
+        "capacity_factor": config and config.capacity_factor,
+        "eval_capacity_factor": config and config.eval_capacity_factor,
+        "source_language": getattr(loaded.task.cfg, "source_lang", None),
+        "target_language": getattr(loaded.task.cfg, "target_lang", None),
+    }
+
+
+def _corpus(args: argparse.Namespace, loaded: Loaded) -> corpora.Corpus:
+    if not args.source:
+        return corpora.binarised(loaded, args.gen_subset)
+    if not loaded.is_translation:
+        raise ValueError("--source is raw text for a translation model; give a language model binarised data")
+    bpe = load_subwords(args.subwords, loaded.task.cfg.source_lang, loaded.task.cfg.target_lang)
+    lines = [[bpe.encode(line) for line in files.read_lines(path)] for path in (args.source, args.reference)]
+    return corpora.from_lines(loaded, *lines)
+
+
+def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) -> tuple[Any, dict[int, str]]:
+    """A beam search and the references, or None where nothing is to be translated."""
+    if not args.subwords or not loaded.is_translation:
+        return None, {}
+    search = translation.Search(loaded, args.subwords, beam=args.beam, max_tokens=args.max_tokens)
+    chosen = {*corpus.evenly(args.translate).tolist(), *corpus.evenly(args.explore).tolist()}
+    if not args.reference:
+        return search, search.references(corpus, sorted(chosen))
+    lines = files.read_lines(args.reference)
+    if max(chosen, default=0) >= len(lines):
+        raise ValueError(
+            f"{args.reference} has {len(lines)} lines, the test set more; line n must be sentence n"
+        )
+    return search, {index: lines[index] for index in chosen}
+
+
+def _points(args: argparse.Namespace, loaded: Loaded) -> dict[str, list[dict[str, Any]]]:
+    """Sweep -> the settings of its points; capacity None, where nothing is dropped, comes last."""
+    layers = moe_layers(loaded.model)
+    if not layers or any(layer.config.merge_experts for layer in layers.values()):
+        return {}  # nothing is ever dropped where experts are merged
+    points = {"capacity": [{"eval_capacity_factor": value} for value in (*args.capacity_factors, None)]}
+    if all(layer.config.router == "threshold" for layer in layers.values()):
+        points["threshold"] = [{"threshold": value} for value in args.thresholds]
+    return points
+
+
+def _num_points(args: argparse.Namespace, loaded: Loaded) -> int:
+    return sum(len(points) for points in _points(args, loaded).values())
+
+
+def _sweeps(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any, bar: Any) -> dict[str, Any]:
+    """Quality against counted FLOPs: each point is a pass over the same sentences with other settings."""
+    indices, spoken = corpus.evenly(args.sweep_sentences), corpus.evenly(args.translate)
+    language = getattr(loaded.task.cfg, "target_lang", None)
+    result: dict[str, Any] = {}
+    for name, points in _points(args, loaded).items():
+        result[name] = []
+        for setting in points:
+            with passes.routing_settings(loaded.model, **setting):
+                point = {**setting, **passes.evaluate(loaded, corpus, indices, max_tokens=args.max_tokens)}
+                if search is not None and len(spoken):
+                    point["translation"] = _translated(search, corpus, spoken, references, language)
+            result[name].append(point)
+            bar.update()
+    return result
+
+
+def _translated(
+    search: Any, corpus: Any, indices: np.ndarray, references: Any, language: str
+) -> dict[str, Any]:
+    found, figures = search.translate(corpus, indices)
+    return {
+        "sentences": len(found),
+        "flops": figures["flops"],
+        **translation.scores(found, references, language),
+    }
+
+
+def _checkpoint_point(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Loss and routing of one more checkpoint: for Fig 5 along a training, for Fig 7 across thresholds."""
+    loaded = load(path, data=args.data, user_dir=args.user_dir, device="cpu" if args.cpu else None)
+    corpus = _corpus(args, loaded)
+    described = describe(loaded)
+    kept = {name: described[name] for name in ("path", "num_updates", "router", "threshold", "top_k")}
+    return kept | passes.evaluate(
+        loaded, corpus, corpus.evenly(args.sweep_sentences), max_tokens=args.max_tokens
+    )
+
+
+def _explorer(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any) -> list[dict[str, Any]]:
+    if search is None or not args.explore:
+        return []
+    indices = corpus.evenly(args.explore)
+    found, _ = search.translate(corpus, indices)
+    order = sorted(found)
+    dictionary = loaded.task.source_dictionary
+    source = [dictionary.string(corpus.dataset[index]["source"]) for index in order]
+    routed = translation.routing_of(
+        loaded, source, [found[index]["pieces"] for index in order], args.max_tokens
+    )
+    return [
+        {
+            "id": index,
+            **sentence,
+            "translation": found[index]["text"],
+            "score": found[index]["score"],
+            "reference": references.get(index),
+        }
+        for index, sentence in zip(order, routed, strict=True)
+        if sentence is not None
+    ]
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """What a reader should look at first, in words."""
+    found = []
+    for label, layer in result["layers"].items():
+        dead, experts = len(layer["dead_experts"]), layer["num_experts"]
+        if dead:
+            found.append(
+                f"{label}: {dead} of {experts} experts are dead: none of {layer['tokens']:,} tokens went to them"
+                + (" (a collapsed layer; raise --balance-loss-weight)" if dead >= experts / 2 else "")
+            )
+        if layer["unserved"] > 0.05:
+            found.append(f"{label}: {layer['unserved']:.0%} of the tokens got no expert at all")
+        if not math.isfinite(layer["wanted"] + layer["entropy"]):
+            found.append(f"{label}: the routing holds NaN")
+    if not math.isfinite(result["quality"]["loss_bits"]):
+        found.append("the loss on the test set is not a number")
+    history = result.get("history") or {}
+    if history.get("first_nan_update") is not None:
+        found.append(f"the training loss stopped being a number at update {history['first_nan_update']}")
+    return found
+
+
+def finite(value: Any) -> Any:
+    """The same value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.analyse",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--path", required=True, metavar="CKPT", help="the checkpoint to analyse")
+    add("--data", required=True, metavar="DATABIN", help="folder of fairseq-preprocess")
+    add("--user-dir", metavar="DIR", help="e.g. xmoe_fairseq, which also lets checkpoints be loaded")
+    add("--output", required=True, metavar="FILE", help="the JSON to write")
+    add("--gen-subset", default="test", metavar="NAME", help="binarised set to analyse (default test)")
+    add(
+        "--source",
+        metavar="FILE",
+        help="raw text instead, one segment a line; needs --reference and --subwords",
+    )
+    add("--reference", metavar="FILE", help="raw references, for BLEU; line n belongs to sentence n")
+    add(
+        "--subwords",
+        metavar="PATH",
+        help="folder of data_prep.subwords, sentencepiece model or subword-nmt codes; without it nothing is translated",
+    )
+    add(
+        "--max-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens in a batch, padding included (default 4096)",
+    )
+    add("--capacity-factors", type=_numbers, default=list(DEFAULT_CAPACITIES), metavar="X,X,...",
+        help="eval capacities to try, beside none (default 0.25,0.5,0.75,1,1.5,2,4)")  # fmt: skip
+    add("--thresholds", type=_numbers, default=list(DEFAULT_THRESHOLDS), metavar="X,X,...",
+        help="thresholds to try (default 0,0.3,0.5,0.7,0.8,0.9,0.95,1)")  # fmt: skip
+    add("--sweep-sentences", type=int, default=1000, metavar="N", help="sentences of each try (default 1000)")
+    add(
+        "--translate",
+        type=int,
+        default=100,
+        metavar="N",
+        help="sentences translated at each try (default 100; 0: none)",
+    )
+    add(
+        "--explore",
+        type=int,
+        default=40,
+        metavar="N",
+        help="translated sentences in the explorer (default 40; 0: none)",
+    )
+    add("--beam", type=int, default=5)
+    add("--training-log", metavar="FILE", help="log with log_format json: learning curves and Fig 5")
+    add(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        metavar="CKPT",
+        help="more checkpoints: along a training, or of other t",
+    )
+    add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
+    add("--cpu", action="store_true", help="do not use a GPU")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.source and not (args.reference and args.subwords):
+        raise ValueError(
+            "--source needs --reference and --subwords: teacher forcing feeds the model both sides"
+        )
+    for name, least in (
+        ("max_tokens", 1),
+        ("sweep_sentences", 1),
+        ("translate", 0),
+        ("explore", 0),
+        ("beam", 1),
+    ):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
+    for value in args.capacity_factors:
+        if not value > 0:
+            raise ValueError(f"--capacity-factors: {value} must be > 0; 1 is an even share per expert")
+    for value in args.thresholds:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--thresholds: {value} must be a probability mass in [0, 1]")
+    files.check_writable(args.output)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    logging.getLogger("fairseq").setLevel(logging.WARNING)
+    try:
+        _check(args)
+        result = analyse(args)
+        # one line: indented, the matrices would be ten times as long
+        files.write_text(
+            args.output, json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
+        )
+    except (ValueError, OSError) as error:
+        print(f"analyse: error: {error}", file=sys.stderr)
+        return 1
+    for problem in result["problems"]:
+        print(f"analyse: look at this: {problem}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Translations with beam search, scored, and the routing of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq_cli.generate import get_symbols_to_strip_from_output
+from torch import Tensor
+
+from eval import score
+from eval.analysis.corpus import Corpus, from_lines
+from eval.analysis.loading import Loaded
+from eval.analysis.passes import add_plans, short_label, summed_figures
+from eval.translator import load_subwords
+from xmoe_fairseq.moe import RoutingPlan, record_plans
+
+MAX_EXPERTS_SHOWN = 16  # of one token in one layer, the heaviest first
+
+
+class Search:
+    """Beam search with one loaded model; translations are in subwords and in raw text."""
+
+    def __init__(self, loaded: Loaded, subwords: str, *, beam: int = 5, max_tokens: int = 4096) -> None:
+        self.loaded, self.max_tokens = loaded, max_tokens
+        self.bpe = load_subwords(subwords, loaded.task.cfg.source_lang, loaded.task.cfg.target_lang)
+        self.generator = loaded.task.build_generator([loaded.model], GenerationConfig(beam=beam))
+
+    def translate(
+        self, corpus: Corpus, indices: np.ndarray
+    ) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+        """Translate some sentences.
+
+        Returns:
+            sentence -> {"pieces": str, "text": str, "score": float}; and the routing figures counted while searching.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        sums: dict[str, dict[str, float]] = {}
+        task = self.loaded.task
+        strip = get_symbols_to_strip_from_output(self.generator)
+        for sample in corpus.samples(corpus.batches(indices, self.max_tokens), self.loaded.device):
+            with record_plans(self.loaded.model) as plans:
+                hypotheses = task.inference_step(self.generator, [self.loaded.model], sample)
+            add_plans(sums, plans)
+            for index, nbest in zip(sample["id"].tolist(), hypotheses, strict=True):
+                pieces = task.target_dictionary.string(
+                    nbest[0]["tokens"].cpu(), extra_symbols_to_ignore=strip
+                )
+                text = self.bpe.decode(pieces)
+                found[index] = {"pieces": pieces, "text": text, "score": float(nbest[0]["score"])}
+        return found, summed_figures(sums)
+
+    def references(self, corpus: Corpus, indices: Sequence[int]) -> dict[int, str]:
+        """The targets of the corpus as the subword model gives them back: normalised, unknown symbols lost."""
+        dictionary = self.loaded.task.target_dictionary
+        return {int(i): self.bpe.decode(dictionary.string(corpus.dataset[int(i)]["target"])) for i in indices}
+
+
+def scores(
+    translations: dict[int, dict[str, Any]], references: dict[int, str], language: str
+) -> dict[str, float]:
+    """BLEU and chrF2++ of the translated sentences; empty where every translation is empty."""
+    order = sorted(translations)
+    hypotheses = [translations[i]["text"] for i in order]
+    if not any(line.strip() for line in hypotheses):
+        return {"bleu": 0.0, "chrf++": 0.0}
+    result = score.score_corpus(
+        hypotheses, [[references[i] for i in order]], target_language=language, names=("bleu", "chrf++")
+    )
+    return {name: metric.score for name, metric in result.items()}
+
+
+@torch.no_grad()
+def routing_of(
+    loaded: Loaded, source: Sequence[str], target: Sequence[str], max_tokens: int = 4096
+) -> list[dict[str, Any]]:
+    """The experts of every token of translated sentences, from one forward pass with the translation as target.
+
+    Args:
+        source, target: subwords, separated by spaces.
+    Returns:
+        per sentence, in order: ``source`` and ``target`` tokens as the stacks see them (the decoder's first is the end
+        mark), and ``routing``: layer label -> per token ``[n, expert, weight, expert, weight, ...]``, heaviest first, n the
+        experts that computed it, at most ``MAX_EXPERTS_SHOWN`` listed. Too long sentences are left out (None).
+    """
+    corpus = from_lines(loaded, source, target)
+    result: list[Any] = [None] * len(source)
+    for sample in corpus.samples(corpus.batches(corpus.indices, max_tokens), loaded.device):
+        with record_plans(loaded.model) as plans:
+            loaded.model(**sample["net_input"])
+        inputs = sample["net_input"]
+        sides = {"encoder": (inputs["src_tokens"], loaded.task.source_dictionary)}
+        sides["decoder"] = (inputs["prev_output_tokens"], loaded.task.target_dictionary)
+        assigned = {
+            short_label(name): token_experts(layer_plans[0])
+            for name, layer_plans in plans.items()
+            if layer_plans
+        }
+        for row, index in enumerate(sample["id"].tolist()):
+            result[index] = _sentence(row, sides, assigned)
+    return result
+
+
+def _sentence(
+    row: int, sides: dict[str, tuple[Tensor, Any]], assigned: dict[str, list[list[float]]]
+) -> dict[str, Any]:
+    symbols, columns = {}, {}
+    for side, (ids_BT, dictionary) in sides.items():
+        real = ids_BT[row].ne(dictionary.pad()).nonzero().flatten().tolist()
+        symbols[side] = [dictionary[int(ids_BT[row, t])] for t in real]
+        columns[side] = [t * ids_BT.size(0) + row for t in real]
+    routing = {label: [tokens[c] for c in columns[label.split()[0]]] for label, tokens in assigned.items()}
+    return {"source": symbols["encoder"], "target": symbols["decoder"], "routing": routing}
+
+
+def token_experts(plan: RoutingPlan) -> list[list[float]]:
+    """Per row of the flattened batch ``[n, expert, weight, ...]``, heaviest first (equal weights: lower expert first)."""
+    pairs: list[list[tuple[float, int]]] = [[] for _ in range(plan.num_tokens)]
+    columns = (plan.token_index_A.tolist(), plan.expert_index_A.tolist(), plan.weight_A.tolist())
+    for token, expert, weight in zip(*columns, strict=True):
+        pairs[token].append((-weight, expert))
+    rows = []
+    for found in pairs:
+        row: list[float] = [len(found)]
+        for weight, expert in sorted(found)[:MAX_EXPERTS_SHOWN]:
+            row += [expert, round(-weight, 4)]
+        rows.append(row)
+    return rows

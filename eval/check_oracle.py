@@ -1,0 +1,77 @@
+"""Does our scorer reproduce published scores? Compares with a table of WMT22 systems, to 1e-6.
+
+python -m eval.check_oracle --folder DIR [--references DIR]
+
+DIR holds published.tsv (columns pair, system, bleu_published, chrf_published) and the outputs
+PAIR.SYSTEM.TGT; the references are wmt22.PAIR.TGT in --references (default: DIR/../../tests). Without DIR
+the check is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eval import files, score
+
+TOLERANCE = 1e-6
+_METRICS = ("bleu", "chrf")
+
+
+def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, float]]]:
+    """Difference between our score and the published one, per system.
+
+    Returns: [("PAIR SYSTEM", {"bleu": |ours - published|, "chrf": ...})], absolute, in points of 0 to 100.
+    Raises: FileNotFoundError or ValueError where a file is missing or broken.
+    """
+    rows = list(csv.DictReader(files.read_lines(folder / "published.tsv"), delimiter="\t"))
+    differences = []
+    for row in tqdm(rows, desc="oracle", unit="system"):
+        pair, target = row["pair"], row["pair"].split("-")[1]
+        # one published system really starts with a byte order mark, and was scored with it
+        hypotheses = files.read_lines(folder / f"{pair}.{row['system']}.{target}", strict=False)
+        reference = files.read_lines(references / f"wmt22.{pair}.{target}")
+        scores = score.score_corpus(hypotheses, [reference], target_language=target, names=_METRICS)
+        found = {name: abs(scores[name].score - float(row[f"{name}_published"])) for name in _METRICS}
+        differences.append((f"{pair} {row['system']}", found))
+    return differences
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.check_oracle",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--references", type=Path, metavar="DIR")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        print(f"check_oracle: skipped: no folder {args.folder}")
+        return 0
+    try:
+        differences = check_oracle(args.folder, args.references or args.folder / ".." / ".." / "tests")
+    except (ValueError, OSError, KeyError) as error:
+        print(f"check_oracle: error: {error}", file=sys.stderr)
+        return 1
+    if not differences:
+        print(f"check_oracle: error: {args.folder / 'published.tsv'} lists no system", file=sys.stderr)
+        return 1
+    bad = [f"{name}: {found}" for name, found in differences if max(found.values()) > TOLERANCE]
+    largest = {name: max(found[name] for _, found in differences) for name in _METRICS}
+    print(f"check_oracle: {len(differences) - len(bad)} of {len(differences)} systems within {TOLERANCE}")
+    print(f"check_oracle: largest difference: BLEU {largest['bleu']:.3g}, chrF2 {largest['chrf']:.3g}")
+    for line in bad:
+        print(f"check_oracle: error: {line}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

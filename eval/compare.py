@@ -1,0 +1,207 @@
+"""Is the difference between systems more than chance? sacreBLEU's paired tests over any number of systems.
+
+python -m eval.compare --references REF --systems NAME=FILE NAME=FILE ... --method bootstrap
+
+The first system is the baseline; each other one is tested against it. A p-value below 0.05 says that
+the two systems differ, not which is better; with many systems expect one in twenty to fall below by chance.
+For a system with the very text of the baseline sacreBLEU gives the smallest p-value; a warning says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import sacrebleu
+from sacrebleu.significance import PairedTest
+from tabulate import tabulate
+
+from eval import files, metrics
+
+METHODS = {"bootstrap": "bs", "approximate-randomisation": "ar"}
+
+
+def _check_seed(seed: int | None) -> None:
+    """sacreBLEU's paired tests take seed 0 for "no seed": no two runs agree, whatever the signature says."""
+    value = str(seed) if seed is not None else os.environ.get("SACREBLEU_SEED", "12345")
+    if value != "none" and not (value.isdigit() and int(value) > 0):
+        raise ValueError(
+            f"seed ({value}) must be a positive integer: sacreBLEU's paired tests take 0 for an unseeded "
+            "run. Try --seed 1 or leave it out (SACREBLEU_SEED, else 12345)"
+        )
+
+
+def compare_systems(
+    systems: Sequence[tuple[str, Sequence[str]]],
+    references: Sequence[Sequence[str]],
+    *,
+    method: str,
+    target_language: str = "en",
+    names: Sequence[str] = ("bleu", "chrf++"),
+    trials: int = 0,
+    seed: int | None = None,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Test every system against the first.
+
+    Args:
+        systems: (name, hypotheses) pairs, the baseline first, all as long as the references.
+        references: one sequence per reference file.
+        method: ``bootstrap`` or ``approximate-randomisation``. With the latter the confidence intervals
+            still come from 1000 bootstrap resamples, since that test gives none.
+        trials: resamples or shuffles; 0 takes sacreBLEU's default (1000 and 10000).
+        seed: positive; None takes ``SACREBLEU_SEED``, else 12345.
+        processes: worker processes, one system each at a time.
+    Returns:
+        ``{"method", "trials", "baseline", "signatures": {metric: str}, "systems": [...]}``, each system being
+        ``{"name", "same_text_as_baseline", "scores": {metric: {"score", "mean", "ci95", "p_value"}}}``;
+        floats unrounded, p_value None for the baseline.
+    Raises: ValueError for fewer than two systems, equal names, unequal lengths, empty systems, a bad option.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: choose from {', '.join(METHODS)}")
+    if trials < 0 or processes < 1:
+        raise ValueError(f"trials ({trials}) must be 0 or more and processes ({processes}) 1 or more")
+    _check_seed(seed)
+    _check_systems(systems, references)
+    baseline = list(systems[0][1])
+    built = metrics.build_metrics(names, target_language, references)
+    with metrics.sacrebleu_seed(seed):
+        test = PairedTest(
+            [(name, list(lines)) for name, lines in systems],
+            built,
+            references=None,
+            test_type=METHODS[method],
+            n_samples=trials,
+            n_ar_confidence=0 if method == "approximate-randomisation" else -1,
+            n_jobs=processes,
+        )
+        signatures, results = test()
+    return {
+        "method": method,
+        "trials": test.n_samples,
+        "baseline": systems[0][0],
+        "signatures": {name: str(signature) for name, signature in signatures.items()},
+        "systems": [
+            {
+                "name": name,
+                "same_text_as_baseline": index > 0 and list(lines) == baseline,
+                "scores": {metric: _figures(results[metric][index]) for metric in signatures},
+            }
+            for index, (name, lines) in enumerate(systems)
+        ],
+    }
+
+
+def _check_systems(systems: Sequence[tuple[str, Sequence[str]]], references: Sequence[Sequence[str]]) -> None:
+    names = [name for name, _ in systems]
+    if len(names) < 2:
+        raise ValueError(f"a paired test needs at least two systems, got {len(names)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two systems share a name: {', '.join(names)}")
+    named = {f"system {name}": list(lines) for name, lines in systems}
+    for name, lines in named.items():
+        metrics.check_not_empty(name, lines)
+    metrics.check_parallel(named | {f"reference {n}": list(ref) for n, ref in enumerate(references, start=1)})
+
+
+def _figures(result: Any) -> dict[str, float | None]:
+    figures = {"score": result.score, "mean": result.mean, "ci95": result.ci, "p_value": result.p_value}
+    return {name: None if value is None else float(value) for name, value in figures.items()}
+
+
+def format_table(report: dict[str, Any]) -> str:
+    """A Markdown table of score, bootstrap mean ± 95% CI and p-value, and below it the signatures."""
+    rows = []
+    for system in report["systems"]:
+        row = [system["name"] + (" (baseline)" if system["name"] == report["baseline"] else "")]
+        for figures in system["scores"].values():
+            cell = f"{figures['score']:.2f} ({figures['mean']:.2f} ± {figures['ci95']:.2f})"
+            row.append(cell if figures["p_value"] is None else f"{cell}, p = {figures['p_value']:.4f}")
+        rows.append(row)
+    table = tabulate(rows, ["system", *report["signatures"]], tablefmt="github", disable_numparse=True)
+    signatures = "\n".join(f"- {name}: `{signature}`" for name, signature in report["signatures"].items())
+    method = f"Paired {report['method']}, {report['trials']} trials, against {report['baseline']}."
+    return f"{table}\n\n{method}\n{signatures}"
+
+
+def _parse_systems(items: Sequence[str]) -> list[tuple[str, str]]:
+    systems = []
+    for item in items:
+        name, separator, path = item.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--systems {item!r}: expected NAME=FILE")
+        systems.append((name, path))
+    return systems
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--references", required=True, nargs="+", metavar="FILE")
+    add("--systems", required=True, nargs="+", metavar="NAME=FILE", help="the first is the baseline")
+    add("--method", required=True, choices=METHODS)
+    add("--metrics", nargs="+", choices=metrics.METRICS, default=["bleu", "chrf++"])
+    add("--target-language", default="en", metavar="CODE", help="chooses BLEU's tokenizer (default en)")
+    add("--trials", type=int, default=0, metavar="N", help="default: 1000 (bootstrap), 10000 (randomisation)")
+    add("--seed", type=int, metavar="S", help="positive (default: SACREBLEU_SEED, else 12345)")
+    add("--processes", type=int, default=1, metavar="N", help="systems tested at the same time (default 1)")
+    add("--json", metavar="OUT", help="write all unrounded figures to this file")
+    return parser
+
+
+def _compare_files(args: argparse.Namespace) -> dict[str, Any]:
+    paths = _parse_systems(args.systems)
+    systems = [(name, files.read_lines(path)) for name, path in paths]
+    references = [files.read_lines(path) for path in args.references]
+    report = compare_systems(
+        systems,
+        references,
+        method=args.method,
+        target_language=args.target_language,
+        names=args.metrics,
+        trials=args.trials,
+        seed=args.seed,
+        processes=args.processes,
+    )
+    for entry, (_, path), (_, lines) in zip(report["systems"], paths, systems, strict=True):
+        entry["hypotheses"] = files.describe_file(path, lines)
+    return report | {
+        "references": [
+            files.describe_file(p, ref) for p, ref in zip(args.references, references, strict=True)
+        ],
+        "target_language": args.target_language,
+        "sacrebleu_version": sacrebleu.__version__,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        if args.json:
+            files.check_writable(args.json)
+        report = _compare_files(args)
+        if args.json:
+            files.write_json(args.json, report)
+    except (ValueError, OSError) as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 1
+    for system in report["systems"]:
+        if system["same_text_as_baseline"]:
+            name = system["name"]
+            print(f"compare: warning: {name} is the baseline's text; ignore its p-values", file=sys.stderr)
+    print(format_table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Write scores.json and report.md of one run from its training log, checkpoint, translations and scores."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from eval import files
+from eval.training_log import Record, last_figures, read_records
+
+_LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
+_SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
+_PACKAGES = ("torch", "fairseq-fixed", "fairseq", "sacrebleu", "sentencepiece", "subword-nmt")
+_WHAT = {
+    "wanted": "experts a token asked for",
+    "used": "experts a token got",
+    "dropped": "share of those asked for that capacity dropped",
+    "load_cv": "load per expert, standard deviation / mean",
+    "entropy": "router entropy",
+    "balance": "balance loss",
+    "flops": "FLOPs of the MoE layers / of the dense FFN",
+}
+
+
+def routing_figures(figures: dict[str, float]) -> dict[str, Any]:
+    """Sort the keys that start with ``moe_`` into overall and per-layer figures.
+
+    Args:
+        figures: one record of the training log, e.g. ``{"moe_used": 2.1, "moe_encoder1_used": 2.3}``.
+    Returns:
+        ``{"overall": {figure: value}, "layers": {"encoder 1": {figure: value}}}``; a dense model has neither.
+    """
+    overall: dict[str, float] = {}
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in figures.items():
+        if found := _LAYER_KEY.fullmatch(key):
+            side, index, figure = found.groups()
+            layers.setdefault(f"{side} {index}", {})[figure] = value
+        elif key.startswith("moe_"):
+            overall[key.removeprefix("moe_")] = value
+    in_order = sorted(layers, key=lambda name: (name.split()[0] != "encoder", int(name.split()[1])))
+    return {"overall": overall, "layers": {name: layers[name] for name in in_order}}
+
+
+def training_figures(records: Sequence[Record]) -> dict[str, Any]:
+    """What the training came to. Raises: ValueError if the log holds no end of an epoch."""
+    train, valid = last_figures(records, "train"), last_figures(records, "valid")
+    if not train:
+        raise ValueError("the training log holds no figures; was it written with common.log_format=json?")
+    losses = [
+        record.figures["loss"] for record in records if record.kind == "valid" and "loss" in record.figures
+    ]
+    return {
+        "updates": int(train["num_updates"]),
+        "epochs": int(train["epoch"]),
+        "seconds": train.get("wall"),
+        "words_per_second": train.get("wps"),
+        "train_loss": train.get("loss"),
+        "valid_loss": valid.get("loss"),
+        "valid_perplexity": valid.get("ppl"),
+        "best_valid_loss": min(losses, default=None),
+        "routing": {"train": routing_figures(train), "valid": routing_figures(valid)},
+    }
+
+
+def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
+    """Sentences, target tokens and seconds out of fairseq-generate's standard error and standard output.
+
+    Which of the two gets the summary line depends on who configured logging first.
+    Raises: FileNotFoundError; ValueError if no file has the summary line, that is, translation did not end.
+    """
+    text = "\n".join(files.read_bytes(path).decode("utf-8", errors="replace") for path in paths)
+    found = _SPEED.search(text)
+    if not found:
+        raise ValueError(f"{', '.join(paths)}: no line 'Translated ... sentences'; translate again")
+    sentences, tokens, seconds = (float(group.replace(",", "")) for group in found.groups())
+    rate = tokens / seconds if seconds else None
+    return {"sentences": sentences, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate}
+
+
+def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The full configuration that fairseq kept in a checkpoint, and the number of parameters."""
+    import xmoe_fairseq  # noqa: F401 - makes fairseq's checkpoints loadable with torch's protection on
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    num_parameters = sum(tensor.numel() for tensor in state["model"].values() if tensor.is_floating_point())
+    return {"config": _plain(state["cfg"]), "num_parameters": num_parameters}
+
+
+def _plain(value: Any) -> Any:
+    """The same value made of what JSON has; an argparse.Namespace becomes a dictionary."""
+    if isinstance(value, argparse.Namespace):
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a score; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
+    score = files.read_json(args.score)
+    commit = (
+        Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
+    )
+    training = training_figures(read_records(args.training_log))
+    return {
+        "pair": args.pair,
+        "seed": args.seed,
+        "commit": commit or None,
+        "config_file": args.config,
+        "scores": score["scores"],
+        "hypotheses": score["hypotheses"],
+        "references": score["references"],
+        "source": args.source,
+        "routing": training.pop("routing"),
+        "training": training,
+        "generation": generation_speed(args.generation_log),
+        "versions": versions(),
+        **resolved_config(args.checkpoint),
+    }
+
+
+def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
+    """Source, reference and translation of ``count`` lines spread evenly over the test set."""
+    columns = [
+        files.read_lines(path)
+        for path in (report["source"], report["references"][0]["path"], report["hypotheses"]["path"])
+    ]
+    rows = list(zip(*columns, strict=True))
+    step = max(1, len(rows) // max(1, count))
+    return rows[::step][:count]
+
+
+def score_table(report: dict[str, Any]) -> str:
+    """Markdown table of the scores with their signatures."""
+    rows = [[s["name"], f"{s['score']:.2f}", f"`{s['signature']}`"] for s in report["scores"].values()]
+    return tabulate(
+        rows, ["metric", "score", "sacreBLEU signature"], tablefmt="github", disable_numparse=True
+    )
+
+
+def routing_table(report: dict[str, Any]) -> str:
+    """Markdown table of the routing per layer, from the last validation, or else the last training epoch."""
+    routing = (
+        report["routing"]["valid"] if report["routing"]["valid"]["layers"] else report["routing"]["train"]
+    )
+    if not routing["layers"]:
+        return "No MoE layer: every token goes through one dense feed-forward network."
+    rows = {**routing["layers"], "all layers": routing["overall"]}
+    names = [name for name in _WHAT if any(name in figures for figures in rows.values())]
+    body = [[layer, *(_cell(figures.get(name)) for name in names)] for layer, figures in rows.items()]
+    table = tabulate(body, ["layer", *names], tablefmt="github", disable_numparse=True)
+    legend = "; ".join(f"{name}: {_WHAT[name]}" for name in names)
+    return f"{table}\n\n{legend}."
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def summary(report: dict[str, Any], num_samples: int) -> str:
+    """Scores, sample translations and routing: what a terminal shows at the end of a run."""
+    shown = [
+        f"source       {source}\nreference    {reference}\ntranslation  {hypothesis}"
+        for source, reference, hypothesis in samples(report, num_samples)
+    ]
+    parts = ["## Scores", score_table(report), "## Translations", "```", "\n\n".join(shown), "```"]
+    return "\n\n".join([*parts, "## Routing", routing_table(report)]) + "\n"
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The whole of report.md."""
+    training, generation = report["training"], report["generation"]
+    length = f"{training['updates']} updates, {training['epochs']} epochs, {_cell(training['seconds'])} s"
+    facts = {
+        "model": f"{report['config']['model']['_name']}, {report['num_parameters']:,} parameters",
+        "configuration": f"{report['config_file']} (resolved: `config` in scores.json)",
+        "seed": report["seed"],
+        "commit": report["commit"] or "not a git checkout",
+        "training": length,
+        "training speed": f"{_cell(training['words_per_second'])} target words/s",
+        "validation loss": f"{_cell(training['valid_loss'])} (best {_cell(training['best_valid_loss'])})",
+        "translation speed": f"{_cell(generation['tokens_per_second'])} target tokens/s",
+        "translations": report["hypotheses"]["path"],
+        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+    }
+    table = tabulate(facts.items(), ["", "value"], tablefmt="github", disable_numparse=True)
+    title = f"# {report['pair']}: {report['config']['model']['_name']}"
+    return f"{title}\n\n{summary(report, 5)}\n## Run\n\n{table}\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.run_report", description=__doc__)
+    add = parser.add_argument
+    add("--pair", required=True, metavar="SRC-TGT", help="kept in the report")
+    add("--seed", required=True, type=int, metavar="N", help="kept in the report")
+    add("--config", required=True, metavar="YAML", help="kept in the report")
+    add(
+        "--training-log",
+        required=True,
+        metavar="FILE",
+        help="output of fairseq's training with log_format json",
+    )
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="the model that translated; holds the configuration",
+    )
+    add(
+        "--generation-log",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="fairseq-generate's stderr and stdout",
+    )
+    add("--score", required=True, metavar="JSON", help="output of python -m eval.score --json")
+    add("--source", required=True, metavar="FILE", help="source side of the test set, for the samples")
+    add("--commit-file", required=True, metavar="FILE", help="file that names the commit; may be absent")
+    add("--out", required=True, metavar="DIR", help="folder for scores.json and report.md")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        report = collect(args)
+        files.write_json(Path(args.out) / "scores.json", report)
+        files.write_text(Path(args.out) / "report.md", to_markdown(report))
+    except (ValueError, OSError) as error:
+        print(f"run_report: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

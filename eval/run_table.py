@@ -1,0 +1,65 @@
+"""One table of several runs of scripts/run_pair.sh, from their scores.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from eval import files
+
+_HEADERS = (
+    "run",
+    "BLEU",
+    "chrF2++",
+    "parameters",
+    "experts per token",
+    "MoE FLOPs / dense",
+    "train words/s",
+    "valid loss",
+)
+
+
+def row(folder: str) -> list[str]:
+    """One run's cells. Raises: FileNotFoundError, ValueError if ``folder`` has no complete scores.json."""
+    path = Path(folder) / "scores.json"
+    report = files.read_json(path)
+    try:
+        routing, training = report["routing"]["valid"]["overall"], report["training"]
+        scores = [report["scores"][metric]["score"] for metric in ("bleu", "chrf++")]
+        return [
+            Path(folder).name,
+            *(f"{score:.2f}" for score in scores),
+            f"{report['num_parameters']:,}",
+            _cell(routing.get("used")),
+            _cell(routing.get("flops")),
+            _cell(training["words_per_second"], 0),
+            _cell(training["valid_loss"], 3),
+        ]
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}; run scripts/run_pair.sh again to write it anew") from None
+
+
+def _cell(value: Any, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.run_table", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="--out of a run of scripts/run_pair.sh")
+    args = parser.parse_args(argv)
+    try:
+        rows = [row(folder) for folder in args.folders]
+    except (ValueError, OSError) as error:
+        print(f"run_table: error: {error}", file=sys.stderr)
+        return 1
+    print(tabulate(rows, _HEADERS, tablefmt="github", disable_numparse=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

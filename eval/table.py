@@ -1,0 +1,225 @@
+"""Lay our scores beside the paper's Table 3, as Markdown or LaTeX.
+
+python -m eval.table --paper table3 --cell METHOD PAIR SCORES.json [SCORES.json ...] [--cell ...]
+
+METHOD is a row of the paper (dense, switch_32x2048, top_k_64x1024, top_k_128x512, xmoe_64x1024,
+xmoe_128x512) or any other name, which gets a row of its own. SCORES.json comes from eval.score --json;
+several files are runs with different seeds and become mean ± standard deviation. Scores made with other
+settings than the paper's stop the table; another test set than the paper's is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from eval import files
+
+_METRICS = ("bleu", "chrf++")
+_MISSING = "–"
+_OTHER_TEST_SET = "*"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Our runs of one method on one pair.
+
+    Attributes:
+        bleu, chrf: one unrounded score per run, in the order of the files.
+        test_set: the name the scorer was given, or None.
+        versions: sacreBLEU versions that made the scores.
+    """
+
+    bleu: tuple[float, ...]
+    chrf: tuple[float, ...]
+    test_set: str | None
+    versions: frozenset[str]
+
+
+def load_paper(name: str = "table3") -> dict[str, Any]:
+    """The paper's numbers as published (eval/paper_table3.json)."""
+    return files.read_json(Path(__file__).with_name(f"paper_{name}.json"))
+
+
+def load_cell(paper: dict[str, Any], pair: str, paths: Sequence[str]) -> Cell:
+    """Read score files of one cell.
+
+    Raises: ValueError for an unknown pair, a file without BLEU or chrF2++, a signature other than the paper's
+        (version apart), or files that disagree on their test set.
+    """
+    if pair not in paper["pairs"]:
+        raise ValueError(f"--cell pair {pair!r}: the table has {', '.join(paper['pairs'])}")
+    reports = [files.read_json(path) for path in paths]
+    for path, report in zip(paths, reports, strict=True):
+        _check_report(paper, path, report)
+    test_sets = {report.get("test_set") for report in reports}
+    if len(test_sets) > 1:
+        raise ValueError(f"{', '.join(paths)}: scored on different test sets: {sorted(map(str, test_sets))}")
+    return Cell(
+        bleu=tuple(report["scores"]["bleu"]["score"] for report in reports),
+        chrf=tuple(report["scores"]["chrf++"]["score"] for report in reports),
+        test_set=test_sets.pop(),
+        versions=frozenset(_version(report["scores"]["bleu"]["signature"]) for report in reports),
+    )
+
+
+def _check_report(paper: dict[str, Any], path: str, report: dict[str, Any]) -> None:
+    for metric in _METRICS:
+        score = report.get("scores", {}).get(metric, {})
+        if not isinstance(score.get("score"), float) or "signature" not in score:
+            raise ValueError(
+                f"{path}: has no {metric} score with its signature; make it with eval.score --json"
+            )
+        settings, expected = score["signature"].rpartition("|version:")[0], paper["signatures"][metric]
+        if settings != expected:
+            raise ValueError(
+                f"{path}: {metric} was made with {settings}, the paper's is {expected}; score it again"
+            )
+
+
+def _version(signature: str) -> str:
+    return signature.rpartition("|version:")[2]
+
+
+def _format_runs(runs: Sequence[float]) -> str:
+    mean = f"{statistics.mean(runs):.1f}"
+    return mean if len(runs) == 1 else f"{mean}±{statistics.stdev(runs):.1f}"
+
+
+def _is_comparable(paper: dict[str, Any], pair: str, cell: Cell) -> bool:
+    return cell.test_set is not None and cell.test_set.lower() in paper["test_sets"][pair]
+
+
+def _format_cell(paper: dict[str, Any], pair: str, cell: Cell | None) -> str:
+    if cell is None:
+        return _MISSING
+    mark = "" if _is_comparable(paper, pair, cell) else _OTHER_TEST_SET
+    return f"{_format_runs(cell.bleu)}/{_format_runs(cell.chrf)}{mark}"
+
+
+def _our_row(paper: dict[str, Any], name: str, cells: dict[str, Cell]) -> list[str]:
+    row = [name, "ours", *(_format_cell(paper, pair, cells.get(pair)) for pair in paper["pairs"])]
+    if len(cells) < len(paper["pairs"]):
+        return [*row, _MISSING]  # an average over fewer pairs would not be the paper's average
+    averages = [
+        statistics.mean(statistics.mean(getattr(cell, metric)) for cell in cells.values())
+        for metric in ("bleu", "chrf")
+    ]
+    comparable = all(_is_comparable(paper, pair, cell) for pair, cell in cells.items())
+    return [*row, f"{averages[0]:.1f}/{averages[1]:.1f}" + ("" if comparable else _OTHER_TEST_SET)]
+
+
+def build_rows(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> list[list[str]]:
+    """Rows of method, source (paper or ours), one cell a pair, average; ``cells``: method -> pair -> Cell."""
+    rows = []
+    for method in paper["methods"]:
+        scores = [f"{b}/{c}" for b, c in zip(method["bleu"], method["chrf++"], strict=True)]
+        rows.append([method["name"], "paper", *scores, f"{method['bleu_avg']}/{method['chrf++_avg']}"])
+        rows.append(_our_row(paper, method["name"], cells.get(method["id"], {})))
+    known = {method["id"] for method in paper["methods"]}
+    rows += [_our_row(paper, name, row) for name, row in cells.items() if name not in known]
+    return rows
+
+
+def build_notes(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> list[str]:
+    """What a reader must know: sources, signatures, number of runs, other test sets, missing cells."""
+    present = [(name, pair, cell) for name, row in cells.items() for pair, cell in row.items()]
+    versions = ", ".join(sorted({version for *_, cell in present for version in cell.versions}))
+    settings = "; ".join(f"{name}: {signature}" for name, signature in paper["signatures"].items())
+    notes = [f"paper: {paper['source']}.", f"{settings}; ours with sacreBLEU {versions}."]
+    several = [f"{name} {pair} ({len(cell.bleu)} runs)" for name, pair, cell in present if len(cell.bleu) > 1]
+    if several:
+        notes.append(f"Mean ± standard deviation over seeds: {', '.join(several)}.")
+    other = [
+        f"{name} {pair} ({cell.test_set or 'not stated'})"
+        for name, pair, cell in present
+        if not _is_comparable(paper, pair, cell)
+    ]
+    if other:
+        notes.append(
+            f"{_OTHER_TEST_SET} not the paper's test set, so not comparable with it: {', '.join(other)}."
+        )
+    missing = {
+        method["id"]: [pair for pair in paper["pairs"] if pair not in cells.get(method["id"], {})]
+        for method in paper["methods"]
+    }
+    gaps = [f"{name} ({', '.join(pairs)})" for name, pairs in missing.items() if pairs]
+    if gaps:
+        notes.append(f"Missing ({_MISSING}), not run by us: {'; '.join(gaps)}.")
+    return notes
+
+
+def format_table(paper: dict[str, Any], cells: dict[str, dict[str, Cell]], style: str) -> str:
+    """The whole text, ``style`` being ``markdown`` or ``latex`` (needs the booktabs package)."""
+    headers = ["method", "source", *paper["pairs"], "avg"]
+    rows, notes = build_rows(paper, cells), build_notes(paper, cells)
+    if style == "markdown":
+        table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+        return "\n".join([table, "", *(f"- {note}".replace("- *", "- \\*") for note in notes), ""])
+    table = tabulate(rows, headers, tablefmt="latex_booktabs", disable_numparse=True)
+    text = "\n".join([table, *(f"% {note}" for note in notes), ""])
+    return text.replace("±", "$\\pm$").replace(_MISSING, "--")
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.table",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--paper",
+        choices=["table3"],
+        default="table3",
+        help="the paper's table (only table3 is of translation)",
+    )
+    add(
+        "--cell",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="X",
+        help="METHOD PAIR SCORES.json [...]; repeat",
+    )
+    add("--format", choices=["markdown", "latex"], default="markdown")
+    add("--output", default="-", metavar="FILE", help="default: standard output")
+    return parser
+
+
+def _read_cells(paper: dict[str, Any], given: Sequence[Sequence[str]]) -> dict[str, dict[str, Cell]]:
+    if not given:
+        raise ValueError("no --cell given; each is METHOD PAIR SCORES.json")
+    cells: dict[str, dict[str, Cell]] = {}
+    for item in given:
+        if len(item) < 3:
+            raise ValueError(f"--cell {' '.join(item)}: expected METHOD PAIR SCORES.json [SCORES.json ...]")
+        method, pair, *paths = item
+        if pair in cells.setdefault(method, {}):
+            raise ValueError(f"--cell {method} {pair}: given twice; name all its score files in one --cell")
+        cells[method][pair] = load_cell(paper, pair, paths)
+    return cells
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        paper = load_paper(args.paper)
+        files.write_text(args.output, format_table(paper, _read_cells(paper, args.cell), args.format))
+    except (ValueError, OSError) as error:
+        print(f"table: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Translate raw text with a trained model: one line out for each line in, in the same order.
+
+python -m eval.translate --path CKPT[:CKPT...] --data DATABIN --source-lang uk --target-lang en \\
+    --subwords MODEL --input FILE --output FILE
+
+The search is fairseq-generate's with the same options. An empty line gives an empty line. A line longer than
+the model's positions (or --max-length) is cut at sentence ends, then commas, then words, translated in
+chunks and joined again; how many, is said on stderr. All input is read before the first batch; the output
+file appears when all is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval import files
+from eval.translator import Translation, Translator, TranslatorConfig
+
+__all__ = ["Translation", "Translator", "TranslatorConfig", "translate_lines"]
+
+_BLOCKS_PER_PROCESS = 8  # small enough to share the load evenly, large enough for full batches
+
+# What a worker process keeps between its calls.
+_worker: Translator | None = None
+_worker_rank = 0
+
+
+def translate_lines(
+    config: TranslatorConfig, lines: Sequence[str], *, processes: int = 1, progress: bool = False
+) -> list[Translation]:
+    """Translate with one or several processes, each with its own copy of the model and its share of threads.
+
+    Args:
+        config: see `TranslatorConfig`; with several processes and GPUs they take the GPUs in turn.
+        lines: raw text.
+        processes: 1 works in this process.
+        progress: show a tqdm bar on stderr.
+    Returns: one translation per line, in order.
+    Raises: ValueError and FileNotFoundError as `Translator`.
+    """
+    if processes < 1:
+        raise ValueError(f"processes ({processes}) must be at least 1")
+    config.check()
+    if processes == 1:
+        return Translator(config).translate(lines, progress=progress)
+    blocks = _share(lines, processes)
+    threads = max(1, torch.get_num_threads() // processes)
+    results: list[Translation] = [Translation()] * len(lines)
+    # a process started afresh inherits no thread pool and no CUDA context in an unknown state
+    context = get_context("spawn")
+    ranks = context.Queue()
+    for rank in range(processes):
+        ranks.put(rank)
+    with (
+        ProcessPoolExecutor(processes, context, _start_worker, (threads, ranks)) as pool,
+        tqdm(total=len(lines), unit="line", disable=not progress) as bar,
+    ):
+        jobs = {
+            pool.submit(_work, config, [lines[i] for i in block], [i + 1 for i in block]): block
+            for block in blocks
+        }
+        try:
+            for job in as_completed(jobs):
+                for index, translation in zip(jobs[job], job.result(), strict=True):
+                    results[index] = translation
+                bar.update(len(jobs[job]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _share(lines: Sequence[str], processes: int) -> list[list[int]]:
+    """Indices of lines in blocks of similar length, the longest first so that no process ends late."""
+    order = sorted(range(len(lines)), key=lambda index: -len(lines[index]))
+    size = max(1, -(-len(lines) // (processes * _BLOCKS_PER_PROCESS)))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _quiet_libraries() -> None:
+    """Standard error is for the progress bar and our own lines: only warnings of fairseq and hydra show."""
+    for name in ("fairseq", "hydra"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _start_worker(threads: int, ranks: Any) -> None:
+    global _worker_rank
+    _quiet_libraries()
+    torch.set_num_threads(threads)
+    _worker_rank = ranks.get()
+
+
+def _work(config: TranslatorConfig, lines: list[str], numbers: list[int]) -> list[Translation]:
+    """Runs in a worker; the first call loads the model, so that its errors reach the caller as they are."""
+    global _worker
+    if _worker is None:
+        if config.device is None and torch.cuda.is_available():
+            config = replace(config, device=f"cuda:{_worker_rank % torch.cuda.device_count()}")
+        _worker = Translator(config)
+    return _worker.translate(lines, numbers=numbers)
+
+
+def _report(lines: Sequence[str], translations: Sequence[Translation]) -> None:
+    def say(count: int, text: str) -> None:
+        if count:
+            print(f"translate: {count} of {len(lines)} lines {text}", file=sys.stderr)
+
+    say(sum(t.num_chunks == 0 for t in translations), "are empty and stay empty")
+    say(sum(t.num_chunks > 1 for t in translations), "were too long, were cut into chunks and joined")
+    say(
+        sum(t.truncated for t in translations),
+        "reached the longest output allowed; raise --max-len-b or lower --max-length",
+    )
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Read fairseq's ``--model-overrides``, a Python dictionary. Raises: ValueError if it is none."""
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f"--model-overrides {text!r}: expected a dictionary such as \"{{'moe_threshold': 0.7}}\""
+        )
+    return overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.translate",
+        description=first,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--path", required=True, metavar="CKPT[:CKPT...]", help="checkpoints; several make an ensemble")
+    add(
+        "--user-dir",
+        default=None,
+        metavar="DIR",
+        help="e.g. xmoe_fairseq, which also lets checkpoints be loaded",
+    )
+    add("--data", required=True, metavar="DATABIN", help="folder of fairseq-preprocess (its dictionaries)")
+    add("--source-lang", required=True, metavar="CODE")
+    add("--target-lang", required=True, metavar="CODE")
+    add(
+        "--subwords",
+        required=True,
+        metavar="FILE",
+        help="folder of data_prep.subwords learn, a sentencepiece model, or subword-nmt codes",
+    )
+    add("--input", default="-", metavar="FILE", help="raw text, one segment a line (default: standard input)")
+    add("--output", default="-", metavar="FILE", help="default: standard output")
+    add("--beam", type=int, default=5)
+    add("--lenpen", type=float, default=1.0)
+    add("--max-len-a", type=float, default=0.0, help="longest output: a * source length + b (default 0)")
+    add("--max-len-b", type=int, default=200, help="see --max-len-a (default 200)")
+    add("--batch-size", type=int, metavar="N", help="most sentences in a batch")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="most source tokens in a batch (default 12000, if no --batch-size)",
+    )
+    add(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longest source in subwords (default: the model's positions)",
+    )
+    add(
+        "--too-long",
+        choices=["split", "error"],
+        default="split",
+        help="what to do with longer lines (default split)",
+    )
+    add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="each loads the model and takes its share (default 1)",
+    )
+    add("--cpu", action="store_true", help="do not use a GPU")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> TranslatorConfig:
+    return TranslatorConfig(
+        paths=args.path.split(":"),
+        data=args.data,
+        source_lang=args.source_lang,
+        target_lang=args.target_lang,
+        subwords=args.subwords,
+        user_dir=args.user_dir,
+        beam=args.beam,
+        lenpen=args.lenpen,
+        max_len_a=args.max_len_a,
+        max_len_b=args.max_len_b,
+        batch_size=args.batch_size,
+        max_tokens=args.max_tokens,
+        max_length=args.max_length,
+        split_long=args.too_long == "split",
+        model_overrides=parse_overrides(args.model_overrides),
+        device="cpu" if args.cpu else None,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    _quiet_libraries()
+    try:
+        config = _config(args)
+        config.check()
+        files.check_writable(args.output)
+        lines = files.read_lines(args.input)
+        translations = translate_lines(config, lines, processes=args.processes, progress=True)
+        files.write_lines(args.output, [translation.text for translation in translations])
+    except (ValueError, OSError) as error:
+        print(f"translate: error: {error}", file=sys.stderr)
+        return 1
+    _report(lines, translations)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

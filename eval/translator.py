@@ -1,0 +1,359 @@
+"""Translator: raw text in, raw text out, with fairseq's own loading, batching and beam search.
+
+Load once, translate often; the command line (eval.translate), the web page and the analyses share it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq.data import data_utils
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPEConfig
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_cli.generate import get_symbols_to_strip_from_output
+from torch import Tensor
+from tqdm import tqdm
+
+from data_prep.subwords import Coder
+from eval.split_long import split_text
+
+_UNSPACED_TARGETS = ("zh", "ja", "th")
+_DEFAULT_MAX_TOKENS = 12000  # fairseq-generate's own default
+
+
+@dataclass(frozen=True)
+class TranslatorConfig:
+    """What a `Translator` needs to know; the names and defaults are those of fairseq-generate.
+
+    Attributes:
+        paths: checkpoint files; several make an ensemble.
+        data: the folder of fairseq-preprocess, for its two dictionaries.
+        source_lang, target_lang: language codes, as in ``dict.CODE.txt``.
+        subwords: folder of ``data_prep.subwords learn``, a sentencepiece model, or subword-nmt codes.
+        user_dir: package with models beyond fairseq's, which also allows its checkpoints' types to be loaded.
+        beam: hypotheses kept in the search.
+        lenpen: length penalty; above 1 favours longer translations.
+        max_len_a, max_len_b: a translation has at most a * source length + b tokens.
+        batch_size: most sentences in a batch; None: no limit.
+        max_tokens: most source tokens in a batch, padding included; None: 12000 if batch_size is None too.
+        max_length: longest source in subwords, without the end mark; None: what the model has positions for.
+        split_long: cut longer lines into chunks, translate these and join them; False: raise ValueError.
+        model_overrides: model settings to change, as fairseq's --model-overrides.
+        device: "cpu", "cuda", "cuda:1"; None: the first GPU if there is one.
+    """
+
+    paths: Sequence[str]
+    data: str
+    source_lang: str
+    target_lang: str
+    subwords: str
+    user_dir: str | None = None
+    beam: int = 5
+    lenpen: float = 1.0
+    max_len_a: float = 0.0
+    max_len_b: int = 200
+    batch_size: int | None = None
+    max_tokens: int | None = None
+    max_length: int | None = None
+    split_long: bool = True
+    model_overrides: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError or FileNotFoundError for what can be seen to be wrong without loading anything."""
+        for name in ("beam", "batch_size", "max_tokens", "max_length", "max_len_b"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if not self.paths:
+            raise ValueError("no checkpoint given")
+        for path in self.paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"no such file: {path}")
+        if not Path(self.subwords).exists():
+            raise FileNotFoundError(f"subwords: no such file or folder: {self.subwords}")
+        if self.user_dir is not None and not Path(self.user_dir).is_dir():
+            raise FileNotFoundError(f"user_dir: no such folder: {self.user_dir}")
+        known = sorted(path.name[5:-4] for path in Path(self.data).glob("dict.*.txt"))
+        for language in (self.source_lang, self.target_lang):
+            if language not in known:
+                found = ", ".join(known) or "none; is it a folder of fairseq-preprocess?"
+                raise ValueError(
+                    f"language {language!r}: {self.data} has no dict.{language}.txt; it has {found}"
+                )
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One translated line.
+
+    Attributes:
+        text: raw text, one line; empty for an empty line.
+        tokens: subwords of the translation, without the end mark.
+        score: log probability (natural logarithm) divided by length ** lenpen, as fairseq ranks by; for a
+            line of several chunks the mean over chunks, weighted by their numbers of tokens. 0.0 if empty.
+        num_chunks: 1, more if the line was cut, 0 if it is empty.
+        truncated: the search ran into max_len_a * source length + max_len_b, so the end may be missing.
+    """
+
+    text: str = ""
+    tokens: tuple[str, ...] = ()
+    score: float = 0.0
+    num_chunks: int = 0
+    truncated: bool = False
+
+
+class Translator:
+    """Translate lists of lines.
+
+    Attributes:
+        task, models, generator: fairseq's objects, ready for inference, for analyses that look inside.
+        max_length: longest source in subwords, without the end mark.
+    """
+
+    def __init__(self, config: TranslatorConfig) -> None:
+        """Load everything.
+
+        Raises: ValueError or FileNotFoundError, saying what is missing, broken or does not fit.
+        """
+        config.check()
+        self.config = config
+        if config.user_dir is not None:
+            utils.import_user_module(Namespace(user_dir=config.user_dir))
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.subwords = load_subwords(config.subwords, config.source_lang, config.target_lang)
+        cfg = _fairseq_config(config)
+        self.task = tasks.setup_task(cfg.task)
+        self.models = _load_models(config, self.task)
+        for model in self.models:
+            model.to(self.device)
+            model.prepare_for_inference_(cfg)
+        self.generator = self.task.build_generator(self.models, cfg.generation)
+        positions = utils.resolve_max_positions(
+            self.task.max_positions(), *[model.max_positions() for model in self.models]
+        )
+        self.max_length = min(positions[0] - 1, config.max_length or positions[0])
+
+    def encode(self, text: str) -> list[str]:
+        """Subwords of raw text, without the end mark."""
+        return self.subwords.encode(text).split()
+
+    def decode(self, tokens: Sequence[str]) -> str:
+        """Raw text of subwords."""
+        return self.subwords.decode(" ".join(tokens))
+
+    def translate(
+        self, lines: Sequence[str], *, progress: bool = False, numbers: Sequence[int] | None = None
+    ) -> list[Translation]:
+        """One translation per line, in the same order.
+
+        Args:
+            lines: raw text. An empty line gives an empty translation.
+            progress: show a tqdm bar, in sentences, on stderr.
+            numbers: line numbers for error messages; None counts from 1.
+        Raises: ValueError if a line is longer than `max_length` and the config says not to split.
+        """
+        owners, chunks = [], []
+        numbers = numbers or range(1, len(lines) + 1)
+        for owner, (number, line) in enumerate(zip(numbers, lines, strict=True)):
+            for chunk in self._chunk(line, number):
+                owners.append(owner)
+                chunks.append(chunk)
+        parts: list[list[Translation]] = [[] for _ in lines]
+        for owner, translation in zip(owners, self._translate_chunks(chunks, progress), strict=True):
+            parts[owner].append(translation)
+        return [self._join(translations) for translations in parts]
+
+    def _chunk(self, line: str, number: int) -> list[list[str]]:
+        tokens = self.encode(line)
+        if len(tokens) <= self.max_length:
+            return [tokens] if tokens else []
+        if not self.config.split_long:
+            raise ValueError(
+                f"line {number} has {len(tokens)} subwords, the limit is {self.max_length}; "
+                "shorten it or allow splitting"
+            )
+        pieces = split_text(line, self.max_length, lambda text: len(self.encode(text)))
+        return [tokens for tokens in map(self.encode, pieces) if tokens]
+
+    def _translate_chunks(self, chunks: list[list[str]], progress: bool) -> list[Translation]:
+        """Translate token lists in batches of similar length; results in the order of ``chunks``."""
+        dictionary = self.task.source_dictionary
+        ids = [dictionary.encode_line(" ".join(c), add_if_not_exist=False).long() for c in chunks]
+        dataset = self.task.build_dataset_for_inference(ids, [tokens.numel() for tokens in ids])
+        results: list[Translation] = [Translation()] * len(chunks)
+        with tqdm(total=len(chunks), unit="sentence", disable=not progress) as bar:
+            for batch in self._batches(ids):
+                sample = dataset.collater([dataset[index] for index in batch])
+                sample = utils.move_to_cuda(sample, self.device) if self.device.type == "cuda" else sample
+                hypotheses = self.task.inference_step(self.generator, self.models, sample)
+                source_length = sample["net_input"]["src_tokens"].size(1)
+                for index, nbest in zip(sample["id"].tolist(), hypotheses, strict=True):
+                    results[index] = self._read_hypothesis(nbest[0], source_length)
+                bar.update(len(batch))
+        return results
+
+    def _batches(self, ids: list[Tensor]) -> list[np.ndarray]:
+        if not ids:
+            return []
+        lengths = np.array([tokens.numel() for tokens in ids])
+        order = np.argsort(lengths, kind="stable")
+        max_tokens = self.config.max_tokens
+        if max_tokens is None and self.config.batch_size is None:
+            max_tokens = _DEFAULT_MAX_TOKENS
+        if max_tokens is not None and lengths.max() > max_tokens:
+            raise ValueError(
+                f"max_tokens ({max_tokens}) must be at least the longest source, {lengths.max()}"
+            )
+        return data_utils.batch_by_size(
+            order,
+            num_tokens_fn=lambda index: int(lengths[index]),
+            num_tokens_vec=lengths[order].astype("int64"),
+            max_tokens=max_tokens,
+            max_sentences=self.config.batch_size,
+        )
+
+    def _read_hypothesis(self, hypothesis: Mapping[str, Any], source_length: int) -> Translation:
+        tokens = hypothesis["tokens"].int().cpu()
+        string = self.task.target_dictionary.string(
+            tokens, extra_symbols_to_ignore=get_symbols_to_strip_from_output(self.generator)
+        )
+        config = self.config
+        longest = min(int(config.max_len_a * source_length + config.max_len_b), self.generator.max_len - 1)
+        return Translation(
+            text=self.subwords.decode(string),
+            tokens=tuple(string.split()),
+            score=float(hypothesis["score"]),
+            num_chunks=1,
+            truncated=tokens.numel() > longest,  # the end mark was forced
+        )
+
+    def _join(self, parts: list[Translation]) -> Translation:
+        if len(parts) < 2:
+            return parts[0] if parts else Translation()
+        glue = "" if self.config.target_lang[:2] in _UNSPACED_TARGETS else " "
+        sizes = [len(part.tokens) + 1 for part in parts]  # with the end mark
+        return Translation(
+            text=glue.join(part.text for part in parts if part.text),
+            tokens=tuple(token for part in parts for token in part.tokens),
+            score=sum(s * part.score for s, part in zip(sizes, parts, strict=True)) / sum(sizes),
+            num_chunks=len(parts),
+            truncated=any(part.truncated for part in parts),
+        )
+
+
+class Subwords(Protocol):
+    """What a `Translator` asks of its subwords: text to subwords joined by spaces, and back."""
+
+    def encode(self, text: str) -> str: ...
+
+    def decode(self, text: str) -> str: ...
+
+
+class _FolderSubwords:
+    """The two languages' models of a folder that data_prep.subwords made."""
+
+    def __init__(self, folder: Path, source_lang: str, target_lang: str) -> None:
+        self._source, self._target = Coder(folder, source_lang), Coder(folder, target_lang)
+
+    def encode(self, text: str) -> str:
+        return self._source.encode([text])[0]
+
+    def decode(self, text: str) -> str:
+        return self._target.decode([text])[0]
+
+
+def load_subwords(path: str, source_lang: str, target_lang: str) -> Subwords:
+    """Subwords of a folder made by ``data_prep.subwords learn``, or of one file by fairseq's own classes.
+
+    A text file is taken for subword-nmt codes, any other for a sentencepiece model. A file decodes as
+    fairseq-generate --bpe does, a folder as data_prep.subwords decode does. With sentencepiece these differ
+    in unknown pieces (<unk> and U+2047) and in byte pieces, which fairseq leaves as they are.
+    Raises: ValueError if it cannot be read.
+    """
+    kind = "a folder of data_prep.subwords"
+    try:
+        if Path(path).is_dir():
+            return _FolderSubwords(Path(path), source_lang, target_lang)
+        kind = "subword-nmt codes" if _is_text(path) else "a sentencepiece model"
+        if _is_text(path):
+            return SubwordNMTBPE(SubwordNMTBPEConfig(bpe_codes=path))
+        return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
+    except (Exception, SystemExit) as error:  # each library has its own; subword-nmt ends the process
+        raise ValueError(f"subwords {path}: cannot be read as {kind} ({error})") from None
+
+
+def _is_text(path: str) -> bool:
+    try:
+        Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _fairseq_config(config: TranslatorConfig) -> Any:
+    """The configuration that fairseq-generate would make of the same options."""
+    flags = {
+        "--source-lang": config.source_lang,
+        "--target-lang": config.target_lang,
+        "--beam": config.beam,
+        "--lenpen": config.lenpen,
+        "--max-len-a": config.max_len_a,
+        "--max-len-b": config.max_len_b,
+    }
+    arguments = [config.data, *(f"{flag}={value}" for flag, value in flags.items())]
+    args = options.parse_args_and_arch(options.get_generation_parser(), arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # hydra 1.3 finds fairseq's way of calling it outdated
+        return convert_namespace_to_omegaconf(args)
+
+
+def _load_models(config: TranslatorConfig, task: Any) -> list[torch.nn.Module]:
+    paths = [os.fspath(path) for path in config.paths]
+    try:
+        models, saved, _ = checkpoint_utils.load_model_ensemble_and_task(
+            paths, arg_overrides=dict(config.model_overrides), task=task
+        )
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if refused is None:
+            raise ValueError(f"{', '.join(paths)}: not a checkpoint, or corrupted") from None
+        raise ValueError(
+            f"{', '.join(paths)}: holds a {refused.group(1)}, which torch's load protection refused; "
+            "give the --user-dir that allows the types of its checkpoints (xmoe_fairseq does)"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"{', '.join(paths)}: {_explain(config, error)}") from None
+    trained = (
+        saved.task.source_lang,
+        saved.task.target_lang,
+    )  # None where fairseq-train found them by itself
+    if None not in trained and trained != (config.source_lang, config.target_lang):
+        raise ValueError(
+            f"{', '.join(paths)}: trained for {'-'.join(trained)}, "
+            f"asked for {config.source_lang}-{config.target_lang}"
+        )
+    return models
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _explain(config: TranslatorConfig, error: Exception) -> str:
+    if "size mismatch" in str(error) or "Missing key" in str(error) or "Unexpected key" in str(error):
+        details = " ".join(str(error).split())[:400]
+        return f"does not fit the dictionaries in {config.data} or the overrides ({details})"
+    return f"not a checkpoint, truncated or corrupted ({_first_line(error)})"

@@ -1,0 +1,247 @@
+#!/usr/bin/env bash
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --out DIR [options]
+
+From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
+validate, subwords, encode, binarise, train, average, generate, detokenise, score, report.
+Ends with DIR/report.md, DIR/scores.json and the translations in DIR/translations/test.TGT.
+
+  --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
+  --set KEY=VALUE         change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
+  --seed N                seed of the training (default: 1)
+  --subwords TOOL         sentencepiece (default) or subword-nmt; BPE learned on both languages together
+  --vocab-size N          subwords (default: 8000; for subword-nmt: merges)
+  --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss
+  --beam N                beam of the translation (default: 5)
+  --lenpen X              length penalty of the translation (default: 1.0)
+  --model-overrides TEXT  passed to fairseq-generate, e.g. "{'moe_threshold': 0.7}"
+  --max-tokens N          tokens in one batch of the translation (default: 4096)
+  --device NAME           cpu, cuda or auto (default: auto; several GPUs are used if CUDA_VISIBLE_DEVICES shows them)
+  --workers N             processes of binarising (default: the number of cores)
+  --dry-run               print the commands, ready to be copied, and run nothing
+  -h, --help              this text
+
+A stage is kept when its settings and the content of its inputs have not changed since it last succeeded. When one
+runs, all later ones run too. After an interruption the same command continues, training from its last checkpoint.
+Needs the environment of scripts/setup.sh, or fairseq's commands in PATH.
+Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments.
+TEXT
+}
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
+tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096
+device=auto workers=$(nproc)
+overrides=()
+
+while (($#)); do
+    case $1 in
+    -h | --help) usage && exit 0 ;;
+    --dry-run) dry_run=yes && shift && continue ;;
+    esac
+    need_value "$1" $#
+    case $1 in
+    --pair) pair=$2 ;;
+    --train) train=$2 ;;
+    --valid) valid=$2 ;;
+    --test) test=$2 ;;
+    --out) out=$2 ;;
+    --config) config=$2 ;;
+    --set) overrides+=("$2") ;;
+    --seed) seed=$2 ;;
+    --subwords) tool=$2 ;;
+    --vocab-size) vocab_size=$2 ;;
+    --average) average=$2 ;;
+    --beam) beam=$2 ;;
+    --lenpen) lenpen=$2 ;;
+    --model-overrides) model_overrides=$2 ;;
+    --max-tokens) max_tokens=$2 ;;
+    --device) device=$2 ;;
+    --workers) workers=$2 ;;
+    *) die "unknown argument $1; see --help" 2 ;;
+    esac
+    shift 2
+done
+
+check_arguments() {
+    local name override
+    for name in pair train valid test out; do
+        [[ -n ${!name} ]] || die "--$name is missing; see --help" 2
+    done
+    need_pair "$pair"
+    need_whole_number --seed "$seed" 0
+    need_whole_number --vocab-size "$vocab_size" 1
+    [[ $average =~ ^(last|best):[1-9][0-9]*$ ]] || die "--average wants last:N or best:N such as last:5, got '$average'" 2
+    need_whole_number --beam "$beam" 1
+    need_whole_number --max-tokens "$max_tokens" 1
+    need_whole_number --workers "$workers" 1
+    [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "--lenpen wants a number such as 1.0, got '$lenpen'" 2
+    [[ $tool == sentencepiece || $tool == subword-nmt ]] ||
+        die "--subwords is sentencepiece or subword-nmt, got '$tool'" 2
+    [[ $device == auto || $device == cpu || $device == cuda ]] || die "--device is cpu, cuda or auto, got '$device'" 2
+    [[ $config == *.yaml ]] || die "--config wants a file that ends in .yaml, got '$config'" 2
+    [[ -f $config ]] || die "--config: no such file: '$config'; those that come with the project: $root/train_configs" 2
+    for override in ${overrides[@]+"${overrides[@]}"}; do
+        [[ $override =~ ^[a-z_]+(\.[a-z_0-9]+)+=.+ ]] ||
+            die "--set wants GROUP.KEY=VALUE such as optimization.max_update=2000, got '$override'" 2
+    done
+}
+
+find_device() {
+    local has_cuda=''
+    [[ $device != cpu ]] || return 0
+    if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then has_cuda=yes; fi
+    [[ $device != cuda || -n $has_cuda ]] || die "--device cuda: torch sees no GPU; use --device cpu or auto" 2
+    device=$([[ -n $has_cuda ]] && echo cuda || echo cpu)
+}
+
+check_arguments
+source_language=${pair%-*} target_language=${pair#*-}
+for name in train valid test out config; do printf -v "$name" '%s' "$(absolute "${!name}")"; done
+use_environment
+find_device
+
+user_dir=$root/xmoe_fairseq
+subwords=$out/subwords encoded=$out/encoded data_bin=$out/data-bin checkpoints=$out/checkpoints
+translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
+raw_files=() encoded_files=() data_bin_files=()
+for language in "$source_language" "$target_language"; do
+    raw_files+=("$train.$language" "$valid.$language" "$test.$language")
+    encoded_files+=("$encoded"/{train,valid,test}."$language")
+    data_bin_files+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid,test}."$pair.$language".{bin,idx})
+done
+if [[ $device == cpu ]]; then
+    device_flags=(--cpu)
+    device_settings=(++common.cpu=true ++common.fp16=false ++common.bf16=false ++common.amp=false)
+else
+    device_flags=() device_settings=()
+fi
+# Both are read by lib.sh.
+# shellcheck disable=SC2034
+results=("$out/report.md" "$out/scores.json")
+# shellcheck disable=SC2034
+stages=(validate subwords encode binarise train average generate detokenise score report)
+
+validate() { run python -m data_prep.validate --pair "$pair" "$train" "$valid" "$test"; }
+
+learn_subwords() {
+    run rm -rf "$subwords"
+    run mkdir -p "$subwords"
+    run python -m data_prep.subwords learn --tool "$tool" --vocab-size "$vocab_size" --out "$subwords" \
+        --inputs "$train.$source_language" "$train.$target_language"
+}
+
+encode() {
+    local split language
+    run mkdir -p "$encoded"
+    for split in train valid test; do
+        for language in "$source_language" "$target_language"; do
+            run python -m data_prep.subwords encode --model "$subwords" --input "${!split}.$language" \
+                --output "$encoded/$split.$language"
+        done
+    done
+}
+
+binarise() {
+    run rm -rf "$data_bin"
+    run fairseq-preprocess --source-lang "$source_language" --target-lang "$target_language" \
+        --trainpref "$encoded/train" --validpref "$encoded/valid" --testpref "$encoded/test" \
+        --joined-dictionary --srcdict "$subwords/dict.txt" --destdir "$data_bin" --workers "$workers"
+}
+
+clean_train() { rm -rf "$checkpoints" "$training_log" "$out/hydra"; }
+
+train_model() {
+    local command=(fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)"
+        ++task.data="$data_bin" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
+        ++checkpoint.save_dir="$checkpoints" ++common.user_dir="$user_dir" ++common.seed="$seed"
+        ++common.log_format=json "${device_settings[@]+"${device_settings[@]}"}" hydra.run.dir="$out/hydra"
+        ${overrides[@]+"${overrides[@]/#/++}"})
+    if [[ -n $dry_run ]]; then
+        printf '%q ' "${command[@]}"
+        printf '2>&1 | python -m eval.training_log --log %q\n' "$training_log"
+        return
+    fi
+    mkdir -p "$checkpoints"
+    git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' >"$checkpoints/commit.txt" 2>/dev/null || true
+    "${command[@]}" 2>&1 | python -m eval.training_log --log "$training_log"
+    [[ -f $checkpoints/checkpoint_last.pt ]] || die "the training left no checkpoint in $checkpoints; see $training_log"
+}
+
+average_checkpoints() {
+    run python -m xmoe_fairseq.checkpoints.average "--${average%:*}-of" "$checkpoints" --num "${average#*:}" \
+        --output "$averaged"
+}
+
+generate() {
+    local num_lines=0
+    run mkdir -p "$translations"
+    [[ -n $dry_run ]] || num_lines=$((5 * $(wc -l <"$test.$source_language"))) # S, T, H, D and P of each sentence
+    run_to_with_bar "$translations/generate.txt" "$translations/generate.log" "$num_lines" \
+        fairseq-generate "$data_bin" --user-dir "$user_dir" --path "$averaged" \
+        --source-lang "$source_language" --target-lang "$target_language" --gen-subset test \
+        --beam "$beam" --lenpen "$lenpen" --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
+        --model-overrides "$model_overrides" ${device_flags[@]+"${device_flags[@]}"}
+}
+
+# fairseq-generate writes the longest sentences first; H-NUMBER tells each one's place in the test set.
+in_order() { sed -n 's/^H-//p' "$1" | LC_ALL=C sort -n -k1,1 | cut -f 3-; }
+
+detokenise() {
+    local hypotheses=$translations/test.subwords.$target_language
+    if [[ -n $dry_run ]]; then
+        printf "sed -n 's/^H-//p' %q | sort -n -k1,1 | cut -f 3- > %q\n" "$translations/generate.txt" "$hypotheses"
+    else
+        run_to "$hypotheses" in_order "$translations/generate.txt"
+        check_line_counts "$hypotheses" "$test.$target_language"
+    fi
+    run python -m data_prep.subwords decode --model "$subwords" --input "$hypotheses" \
+        --output "$translations/test.$target_language"
+}
+
+check_line_counts() { # check_line_counts HYPOTHESES REFERENCES
+    local num_hypotheses num_references
+    num_hypotheses=$(wc -l <"$1") num_references=$(wc -l <"$2")
+    ((num_hypotheses == num_references)) ||
+        die "$1 has $num_hypotheses lines, but $2 has $num_references: a sentence was not translated"
+}
+
+score() {
+    run python -m eval.score --hypotheses "$translations/test.$target_language" \
+        --references "$test.$target_language" --target-language "$target_language" --json "$out/score.json"
+}
+
+report() {
+    run python -m eval.run_report --pair "$pair" --seed "$seed" --out "$out" --config "$config" \
+        --training-log "$training_log" --checkpoint "$averaged" --score "$out/score.json" \
+        --generation-log "$translations/generate.log" "$translations/generate.txt" --source "$test.$source_language" \
+        --commit-file "$checkpoints/commit.txt"
+}
+
+main() {
+    if [[ -n $dry_run ]]; then
+        printf 'cd %q\n' "$root"
+    else
+        mkdir -p "$out/.stages"
+        trap report_failed_stage EXIT
+        lock "$out/.stages/lock"
+    fi
+    cd "$root"
+    stage validate validate "$pair" "${raw_files[@]}"
+    stage subwords learn_subwords "$tool $vocab_size" "$train.$source_language" "$train.$target_language"
+    stage encode encode "$pair" "${raw_files[@]}" "$subwords/dict.txt"
+    stage binarise binarise "$pair" "${encoded_files[@]}" "$subwords/dict.txt"
+    stage train train_model "seed $seed device $device ${overrides[*]-}" "$config" "${data_bin_files[@]}"
+    stage average average_checkpoints "$average" "$checkpoints/checkpoint_last.pt"
+    stage generate generate "beam $beam lenpen $lenpen batch $max_tokens device $device $model_overrides" \
+        "$averaged" "${data_bin_files[@]}"
+    stage detokenise detokenise "$pair" "$translations/generate.txt"
+    stage score score "$target_language" "$translations/test.$target_language" "$test.$target_language"
+    stage report report "$pair $seed" "$out/score.json" "$training_log" "$translations/generate.txt"
+    [[ -n $dry_run ]] || log "done: $out/report.md, $out/scores.json"
+}
+
+main

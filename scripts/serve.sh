@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+Usage: scripts/serve.sh --checkpoint FILE [options]
+
+Starts a page on this machine to try a model: type a sentence, see the translation, the experts every token took, and
+what the threshold t and the capacity cost. Opens at http://127.0.0.1:8000; Ctrl-C ends it.
+
+  --checkpoint FILE   e.g. runs/demo/uk-en/xmoe/checkpoints/averaged.pt
+  -h, --help          this text, and all options of python -m eval.serve
+
+With a checkpoint of scripts/run_pair.sh, dictionaries and subwords are found beside it.
+Exit: 0 ended by Ctrl-C, 1 the model cannot be loaded, 2 bad arguments.
+TEXT
+}
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1-} in
+-h | --help)
+    usage
+    use_environment
+    cd "$root"
+    python -m eval.serve --help
+    exit 0
+    ;;
+'') die '--checkpoint is missing; see --help' 2 ;;
+esac
+arguments=()
+while (($#)); do
+    case $1 in
+    # the paths are those of the caller's folder
+    --checkpoint | --data | --subwords | --user-dir)
+        need_value "$1" $#
+        arguments+=("$1" "$(absolute "$2")")
+        shift 2
+        ;;
+    *)
+        arguments+=("$1")
+        shift
+        ;;
+    esac
+done
+use_environment
+cd "$root"
+exec python -W ignore -m eval.serve "${arguments[@]}"

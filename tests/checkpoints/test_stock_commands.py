@@ -1,0 +1,155 @@
+import logging
+import os
+import socket
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import CheckpointConfig
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+
+from xmoe_fairseq.checkpoints import stock_commands
+from xmoe_fairseq.checkpoints.fallback import latest_good
+from xmoe_fairseq.checkpoints.files import (
+    CheckpointError,
+    TruncatedCheckpointError,
+    UnsafeCheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from xmoe_fairseq.checkpoints.stock_commands import harden_fairseq
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """Checkpoints at updates 10 and 20, a copy of the second as checkpoint_last.pt, and an average."""
+    harden_fairseq()
+    for seed in (1, 2):
+        state = tiny.state("xmoe_transformer_tiny", seed, moe_num_experts=4, moe_expert_dim=6)
+        save_checkpoint(state, tmp_path / f"checkpoint{seed}.pt")
+    save_checkpoint(state, tmp_path / "checkpoint_last.pt")
+    save_checkpoint({**state, "last_optimizer_state": None}, tmp_path / "checkpoint_averaged.pt")
+    return tmp_path
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+class Trainer:
+    """As much of fairseq's trainer as resuming calls."""
+
+    checkpoint_suffix = ""
+
+    def load_checkpoint(self, path, *_args, **_kwargs):
+        self.state = checkpoint_utils.load_checkpoint_to_cpu(path)
+
+    def get_train_iterator(self, epoch, **_kwargs):
+        return argparse_like(epoch=epoch)
+
+    def lr_step(self, epoch):
+        pass
+
+
+def argparse_like(**values):
+    return type("Iterator", (), values)()
+
+
+def updates_after_resuming(folder):
+    trainer = Trainer()
+    checkpoint_utils.load_checkpoint(CheckpointConfig(save_dir=str(folder)), trainer)
+    return trainer.state["optimizer_history"][-1]["num_updates"]
+
+
+def test_resuming_takes_the_last_good_checkpoint_and_says_so(folder, caplog):
+    assert updates_after_resuming(folder) == 20
+    cut(folder / "checkpoint_last.pt")
+    cut(folder / "checkpoint2.pt")
+    with caplog.at_level(logging.WARNING):
+        assert updates_after_resuming(folder) == 10
+    assert f"CONTINUING FROM {folder / 'checkpoint1.pt'}" in caplog.text
+    assert "was cut off" in caplog.text
+
+
+def test_without_a_good_checkpoint_resuming_stops(folder):
+    for path in folder.glob("checkpoint*.pt"):
+        cut(path)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        updates_after_resuming(folder)
+
+
+def test_translating_never_takes_another_checkpoint_than_asked_for(folder, tiny):
+    cut(folder / "checkpoint_last.pt")
+    with pytest.raises(TruncatedCheckpointError):
+        tiny.load(folder / "checkpoint_last.pt")
+
+
+def test_the_last_good_one_has_the_most_updates_and_its_optimiser(folder):
+    assert latest_good(folder).name == "checkpoint_last.pt"
+    whole = bytearray((folder / "checkpoint_last.pt").read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (folder / "checkpoint_last.pt").write_bytes(whole)
+    assert latest_good(folder).name == "checkpoint2.pt"
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_stock_loading_refuses_code_with_our_message(folder, tiny, tmp_path):
+    state = load_checkpoint(folder / "checkpoint1.pt")
+    state["extra_state"] = Malicious(str(tmp_path / "trace"))
+    torch.save(state, folder / "evil.pt")
+    with pytest.raises(UnsafeCheckpointError, match="Nothing was run"):
+        tiny.load(folder / "evil.pt")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_copy_that_is_interrupted_leaves_the_old_file(folder, monkeypatch):
+    before = (folder / "checkpoint_last.pt").read_bytes()
+
+    def killed(_source, partial):
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stock_commands.shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        PathManager.copy(str(folder / "checkpoint1.pt"), str(folder / "checkpoint_last.pt"), overwrite=True)
+    assert (folder / "checkpoint_last.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert PathManager.copy(str(folder / "checkpoint1.pt"), str(folder / "checkpoint_last.pt"), overwrite=True)
+    assert (folder / "checkpoint_last.pt").read_bytes() == (folder / "checkpoint1.pt").read_bytes()
+
+
+def _receive(rank, port, path, results):
+    import xmoe_fairseq  # noqa: F401  as --user-dir does
+
+    harden_fairseq()
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    state = checkpoint_utils.load_checkpoint_to_cpu(path) if rank == 0 else None
+    state = distributed_utils.broadcast_object(state, src_rank=0, group=torch.distributed.group.WORLD)
+    torch.save(state["model"], f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_the_other_rank_receives_what_the_first_one_read(folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = str(folder / "checkpoint1.pt")
+    torch.multiprocessing.spawn(_receive, (port, path, str(tmp_path)), nprocs=2)
+    expected = load_checkpoint(path)["model"]
+    received = torch.load(tmp_path / "1.pt", weights_only=True)
+    assert received.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in received.items())
+
+
+def test_hardening_twice_wraps_once(folder):
+    before = checkpoint_utils.load_checkpoint_to_cpu, PathManager.copy
+    harden_fairseq()
+    assert (checkpoint_utils.load_checkpoint_to_cpu, PathManager.copy) == before

@@ -1,0 +1,154 @@
+"""Round trips, dictionaries that agree with the models, errors that name the largest vocabulary."""
+
+import io
+import json
+
+import pytest
+from fairseq.data import Dictionary
+
+from data_prep import phrases, subwords
+from data_prep.textio import DataError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    phrases.write_corpus(folder, "uk", phrases.make_corpus("uk", {"test": 50, "train": 300}, seed=1))
+    return folder
+
+
+def learn(text, out, *flags, split="train"):
+    inputs = ["--inputs", str(text / f"{split}.uk"), str(text / f"{split}.en")]
+    return subwords.main(["learn", *inputs, "--out", str(out), *flags])
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "subword-nmt"])
+def folder(request, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    assert learn(text, out, "--tool", request.param, "--vocab-size", "500") == 0
+    return out
+
+
+def test_decode_undoes_encode_line_by_line(text, folder, tmp_path):
+    lines = (text / "train.uk").read_text(encoding="utf-8") + "\n   \nx  y\n"
+    (tmp_path / "raw").write_text(lines, encoding="utf-8")
+    for command, source, sink in (("encode", "raw", "pieces"), ("decode", "pieces", "back")):
+        paths = ["--input", str(tmp_path / source), "--output", str(tmp_path / sink)]
+        assert subwords.main([command, "--model", str(folder), *paths]) == 0
+    expected = [" ".join(line.split()) for line in lines.split("\n")]
+    assert (tmp_path / "back").read_text(encoding="utf-8").split("\n") == expected
+    assert (tmp_path / "pieces").read_text(encoding="utf-8").count("\n") == lines.count("\n")
+
+
+def test_separators_inside_a_line_never_make_a_second_line(folder):
+    coder = subwords.Coder(folder)
+    source, sink = io.BytesIO("три\u2028два\u0085один\x0bраз\n\nкінець".encode()), io.BytesIO()
+    assert subwords.transform(coder.encode, source, sink, "text") == 3
+    assert len(sink.getvalue().decode().splitlines()) == 3
+    assert coder.decode(sink.getvalue().decode().split("\n")[:3]) == ["три два один раз", "", "кінець"]
+
+
+def test_fairseq_reads_the_dictionary_and_knows_every_piece(text, folder):
+    dictionary, coder = Dictionary.load(str(folder / "dict.txt")), subwords.Coder(folder)
+    lines = [
+        line
+        for language in ("uk", "en")
+        for line in (text / f"train.{language}").read_text("utf-8").split("\n")
+    ]
+    pieces = {piece for line in coder.encode(lines) for piece in line.split(" ") if piece}
+    assert pieces
+    assert [piece for piece in pieces if dictionary.index(piece) == dictionary.unk()] == []
+
+
+def test_sentencepiece_dictionary_is_the_model_without_special_pieces(text, tmp_path):
+    learn(text, tmp_path, "--vocab-size", "500")
+    tokens = [line.rsplit(" ", 1)[0] for line in (tmp_path / "dict.txt").read_text("utf-8").split("\n")[:-1]]
+    assert len(tokens) == 497
+    assert not {"<unk>", "<s>", "</s>"} & set(tokens)
+
+
+def test_a_token_named_like_a_special_one_gets_its_own_index(tmp_path):
+    (tmp_path / "dict.txt").write_text(subwords.dictionary_text([("a", 9), ("<pad>", 5)]))
+    dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
+    assert dictionary.index("<pad>") not in (dictionary.pad(), dictionary.unk())
+
+
+def test_learning_twice_gives_equal_files(text, folder, tmp_path):
+    tool = json.loads((folder / "subwords.json").read_text())["tool"]
+    learn(text, tmp_path, "--tool", tool, "--vocab-size", "500")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("tool", ["sentencepiece", "subword-nmt"])
+def test_too_large_a_vocabulary_names_the_largest(text, tmp_path, tool):
+    with pytest.raises(
+        DataError, match=r"--vocab-size 90000 for uk\+en: the text yields at most \d+; give"
+    ) as info:
+        learn(text, tmp_path / "out", "--tool", tool, "--vocab-size", "90000", split="test")
+    assert not (tmp_path / "out").exists()
+    most = str(info.value).split("at most ")[1].split(";")[0]
+    assert learn(text, tmp_path / "out", "--tool", tool, "--vocab-size", most, split="test") == 0
+
+
+@pytest.mark.parametrize("tool", ["sentencepiece", "subword-nmt"])
+def test_too_small_a_vocabulary(text, tmp_path, tool):
+    with pytest.raises(
+        DataError, match=r"--vocab-size 20 for uk\+en: the characters alone need \d+; give more than"
+    ):
+        learn(text, tmp_path, "--tool", tool, "--vocab-size", "20")
+
+
+def test_separate_models_want_the_language(text, tmp_path):
+    learn(text, tmp_path, "--vocab-size", "400", "--separate")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["dict.en.txt", "dict.uk.txt", "en.model", "subwords.json", "uk.model"]
+    assert subwords.Coder(tmp_path, "en").encode(["and"]) == ["▁and"]
+    with pytest.raises(DataError, match="--language None: these subwords want uk or en"):
+        subwords.Coder(tmp_path)
+
+
+def test_byte_fallback_restores_unseen_characters(text, tmp_path):
+    learn(text, tmp_path, "--vocab-size", "700", "--byte-fallback", "--normalization", "identity")
+    coder = subwords.Coder(tmp_path)
+    line = "日本 ½ ²"
+    assert coder.decode(coder.encode([line])) == [line]
+    dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
+    assert all(dictionary.index(piece) != dictionary.unk() for piece in coder.encode([line])[0].split())
+
+
+def test_sampling_is_even_and_keeps_everything_below_the_limit(tmp_path):
+    (tmp_path / "numbers").write_text("".join(f"{number}\n" for number in range(100)))
+    assert list(subwords.sampled_lines(tmp_path / "numbers", 4)) == ["0", "25", "50", "75"]
+    assert len(list(subwords.sampled_lines(tmp_path / "numbers", 100))) == 100
+    assert len(list(subwords.sampled_lines(tmp_path / "numbers", 0))) == 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--byte-fallback"], "--byte-fallback: subword-nmt has no such setting"),
+        (["--normalization", "nfkc"], "--normalization: subword-nmt has no such setting"),
+    ],
+)
+def test_settings_the_tool_does_not_have(text, tmp_path, flags, message):
+    with pytest.raises(DataError, match=message):
+        learn(text, tmp_path, "--tool", "subword-nmt", *flags)
+
+
+def test_missing_or_damaged_subwords(folder, tmp_path):
+    with pytest.raises(DataError, match=r"subwords\.json: no such file; learn subwords first"):
+        subwords.Coder(tmp_path)
+    with pytest.raises(DataError, match="--language de: these subwords want uk or en"):
+        subwords.Coder(folder, "de")
+    (tmp_path / "subwords.json").write_text('{"source": "uk", "target": "en"}')
+    (tmp_path / "joint.model").write_bytes(b"no model")
+    with pytest.raises(DataError, match="no sentencepiece model, or a damaged one; learn it again"):
+        subwords.Coder(tmp_path)
+
+
+def test_invalid_text_says_where_to_look(folder):
+    with pytest.raises(
+        DataError, match=r"text: invalid UTF-8 after line 0; run python -m data_prep\.validate"
+    ):
+        subwords.transform(subwords.Coder(folder).encode, io.BytesIO(b"\xff\n"), io.BytesIO(), "text")

@@ -1,0 +1,106 @@
+"""Every problem of raw parallel text gets its own error: file, line, value, what is allowed, the way out."""
+
+import pytest
+
+from data_prep import validate as module
+
+
+def write_pair(folder, source: bytes, target: bytes):
+    (folder / "text.uk").write_bytes(source)
+    (folder / "text.en").write_bytes(target)
+    return str(folder / "text")
+
+
+def problems(folder, source: bytes, target: bytes = b"one\ntwo\n", **limits):
+    return module.validate(write_pair(folder, source, target), "uk", "en", **limits).problems
+
+
+def test_valid_text_prints_its_count(tmp_path, capsys):
+    prefix = write_pair(tmp_path, "один\nдва".encode(), b"one\ntwo\n")
+    assert module.main(["--pair", "uk-en", prefix]) == 0
+    assert capsys.readouterr().out == f"{prefix}.{{uk,en}}: 2 valid pairs of lines\n"
+
+
+def test_unequal_counts_say_both(tmp_path):
+    (problem,) = problems(tmp_path, b"a\nb\nc\n")
+    assert "text.uk has 3 lines" in problem
+    assert "text.en has 2" in problem
+    assert "export both sides together again" in problem
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (b"ok\nab\xffcd\n", "text.uk:2: byte 2 of the line is 0xFF, not valid UTF-8; convert with iconv"),
+        (
+            b"\xff\xfea\x00\nb\n",
+            "text.uk:1: byte 0 of the line is 0xFF, not valid UTF-8 (the file looks like UTF-16)",
+        ),
+        (
+            b"\xef\xbb\xbfok\nb\n",
+            "text.uk:1: begins with a byte order mark (EF BB BF); plain UTF-8 is needed",
+        ),
+        (b"ok\na\x00b\n", "text.uk:2: NUL at character 2"),
+        (b"ok\na\rb\n", "text.uk:2: a bare carriage return (U+000D) at character 2"),
+        (b"ok\na\x0bb\n", "text.uk:2: a vertical tab (U+000B) at character 2"),
+        (b"ok\na\x0cb\n", "text.uk:2: a form feed (U+000C) at character 2"),
+        ("ok\na\u0085b\n".encode(), "text.uk:2: a next-line control (U+0085) at character 2"),
+        ("ok\na\u2028b\n".encode(), "text.uk:2: a line separator (U+2028) at character 2"),
+        ("ok\na\u2029b\n".encode(), "text.uk:2: a paragraph separator (U+2029) at character 2"),
+        (b"ok\n \t\n", "text.uk:2: empty line; every line needs text on both sides"),
+        (b"ok\nb\r\n", "text.uk:2: Windows line ends (CR LF), said once a file"),
+    ],
+)
+def test_each_bad_line_gets_its_error(tmp_path, source, expected):
+    (problem,) = problems(tmp_path, source)
+    assert expected in problem
+    assert "data_prep.clean --pair uk-en" in problem
+
+
+def test_over_long_line_names_length_and_limit(tmp_path):
+    (problem,) = problems(tmp_path, b"ok\n" + b"x" * 12 + b"\n", max_chars=10)
+    assert "text.uk:2: 12 characters, at most 10 are allowed; raise --max-chars" in problem
+
+
+def test_missing_language_names_what_is_there(tmp_path):
+    (tmp_path / "text.en").write_text("one\n")
+    (problem,) = module.validate(tmp_path / "text", "uk", "en").problems
+    assert "text.uk: no such file" in problem
+    assert "has text.en" in problem
+
+
+def test_empty_file(tmp_path):
+    (problem,) = problems(tmp_path, b"")
+    assert "text.uk: empty file; at least one line is needed" in problem
+
+
+def test_lists_ten_problems_and_counts_the_rest(tmp_path, capsys):
+    prefix = write_pair(tmp_path, b"\n" * 13, b"x\n" * 13)
+    assert module.main(["--pair", "uk-en", prefix]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 11
+    assert errors[-1].endswith("3 more problems not listed")
+
+
+def test_the_suggested_command_mends_the_text(tmp_path):
+    from data_prep import clean
+
+    prefix = write_pair(
+        tmp_path,
+        "\ufeffперше речення\r\nдруге\u2028речення\nтретє\x00речення\n".encode(),
+        b"a first\na second\na third\n",
+    )
+    assert module.validate(prefix, "uk", "en").total == 4
+    assert (
+        clean.main(["--pair", "uk-en", "--input", prefix, "--output", f"{prefix}.clean", "--workers", "1"])
+        == 0
+    )
+    assert module.validate(f"{prefix}.clean", "uk", "en").total == 0
+
+
+@pytest.mark.parametrize("pair", ["uk", "uk-uk", "UK-EN", "uk_en"])
+def test_bad_pairs_exit_with_2(pair, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        module.main(["--pair", pair, "text"])
+    assert exit_info.value.code == 2
+    assert "argument --pair" in capsys.readouterr().err

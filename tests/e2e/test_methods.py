@@ -1,0 +1,161 @@
+"""Every architecture through the stock commands: train, save, load, generate; and what a user may change."""
+
+import re
+
+import pytest
+import torch
+
+from tests.e2e import stock
+from xmoe_fairseq.moe import MoEConfig, MoELayer
+
+TRANSLATION = ["dense", "xmoe", "switch", "top_k", "hash", "base", "adamoe", "meo", "dense_xmoe"]
+LANGUAGE = ["dense", "xmoe", "switch", "top_k", "hash", "base", "adamoe", "dense_xmoe"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return stock.binarised_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return stock.binarised_text(tmp_path_factory.mktemp("text"))
+
+
+def assert_same(got, want):
+    assert [words for words, _ in got] == [words for words, _ in want]
+    assert [score for _, score in got] == pytest.approx([score for _, score in want], abs=2e-4)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", TRANSLATION)
+def test_trains_and_translates_whatever_the_batch(method, pairs, tmp_path):
+    checkpoint = stock.train(pairs, f"{method}_transformer_tiny", tmp_path)
+    together = stock.generate(pairs, checkpoint)
+    assert len(together) == 7
+    assert_same(stock.generate(pairs, checkpoint, "--batch-size", 1), together)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_language_model_trains_and_is_evaluated(method, text, tmp_path, caplog):
+    checkpoint = stock.train(text, f"{method}_transformer_tiny_lm", tmp_path)
+
+    def word_scores(*arguments):
+        caplog.clear()
+        with caplog.at_level("INFO", "fairseq_cli.eval_lm"):
+            stock.run(
+                "fairseq-eval-lm",
+                *(text, "--user-dir", stock.USER_DIR, "--path", checkpoint, "--cpu", "--output-word-probs"),
+                *("--sample-break-mode", "eos", "--num-workers", 0, *arguments),
+            )
+        rows = [message for message in caplog.messages if re.match(r"\d+ .*\[", message)]
+        return [[float(x) for x in re.findall(r"\[(\S+)\]", row)] for row in sorted(rows)]
+
+    together, alone = (word_scores(*batch) for batch in (("--max-tokens", 200), ("--batch-size", 1)))
+    assert len(together) == 7
+    for row, row_alone in zip(together, alone, strict=True):
+        assert row_alone == pytest.approx(row, abs=1e-4)
+
+
+@pytest.mark.e2e
+def test_meo_with_every_option_trains_and_translates(pairs, tmp_path):
+    checkpoint = stock.train(
+        *(pairs, "meo_transformer_tiny", tmp_path, "--moe-num-experts", 8, "--moe-expert-dim", 256),
+        *("--moe-token-adapter", "--checkpoint-activations", "--moe-interval", 1, "--update-freq", 2),
+    )
+    assert_same(stock.generate(pairs, checkpoint, "--batch-size", 1), stock.generate(pairs, checkpoint))
+
+
+@pytest.mark.e2e
+def test_threshold_and_top_k_run_each_others_checkpoints(pairs, tmp_path):
+    by_threshold = stock.train(pairs, "xmoe_transformer_tiny", tmp_path / "threshold")
+    by_top_k = stock.train(pairs, "top_k_transformer_tiny", tmp_path / "top_k")
+
+    def override(**settings):
+        return "--model-overrides", repr({f"moe_{name}": value for name, value in settings.items()})
+
+    for checkpoint in (by_threshold, by_top_k):
+        first_only = stock.generate(pairs, checkpoint, *override(router="threshold", threshold=0.0))
+        one = stock.generate(pairs, checkpoint, *override(router="top_k", top_k=1))
+        everything = stock.generate(pairs, checkpoint, *override(router="threshold", threshold=1.0))
+        assert_same(one, first_only)
+        assert_same(stock.generate(pairs, checkpoint, *override(router="top_k", top_k=8)), everything)
+        assert one != everything
+
+
+@pytest.mark.e2e
+def test_a_router_from_outside_the_package(pairs, tmp_path):
+    own = stock.ROOT / "tests" / "e2e" / "own_router"
+    checkpoint = stock.train(
+        *(pairs, "xmoe_transformer_tiny", tmp_path, "--moe-router", "above_average"), user_dir=own
+    )
+    assert_same(
+        stock.generate(pairs, checkpoint, user_dir=own),
+        stock.generate(pairs, checkpoint, "--batch-size", 1, user_dir=own),
+    )
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["cfg"]["model"].moe_router == "above_average"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("arch", "flags", "words"),
+    [
+        ("xmoe_transformer_tiny", "--moe-router top_k", "moe_router top_k needs moe_top_k"),
+        ("xmoe_transformer_tiny", "--moe-router switch --moe-top-k 2", "moe_router switch .* moe_top_k is 2"),
+        ("xmoe_transformer_tiny", "--moe-router top_k --moe-top-k 9", "moe_top_k .9. .* moe_num_experts .8."),
+        ("xmoe_transformer_tiny", "--moe-null-experts 2", "moe_null_experts .2. .* moe_router adamoe"),
+        ("adamoe_transformer_tiny", "--moe-top-k 17", "moe_top_k .17. .* moe_num_experts .8. . moe_null_experts .8."),
+        ("xmoe_transformer_tiny", "--moe-router hashed", "moe_router 'hashed' .*choose one of .*hash"),
+        ("xmoe_transformer_tiny", "--moe-merge-experts", "moe_merge_experts needs moe_top_k"),
+        ("meo_transformer_tiny", "--moe-capacity-factor 2", "moe_merge_experts .* moe_capacity_factor .2.0. .*none"),
+        ("meo_transformer_tiny", "--moe-router base", "moe_merge_experts .* moe_router base; set moe_router top_k"),
+        ("xmoe_transformer_tiny", "--moe-token-adapter", "moe_token_adapter needs moe_merge_experts"),
+        ("hash_transformer_tiny", "--moe-router-noise gumbel", "moe_router_noise gumbel .* hash.*moe_router_noise none"),
+        ("xmoe_transformer_tiny", "--moe-threshold 1.5", "moe_threshold .1.5. .*0, 1"),
+        ("xmoe_transformer_tiny", "--moe-capacity-factor 0", "moe_capacity_factor .0.0. .*> 0"),
+        ("xmoe_transformer_tiny", "--moe-interval 0", "moe_interval .0."),
+        ("xmoe_transformer_tiny_lm", "--moe-merge-experts --moe-top-k 2", "moe_merge_experts .* language model"),
+        ("xmoe_transformer_tiny_lm", "--moe-sides encoder", "moe_sides encoder .* moe_sides both"),
+        ("xmoe_transformer_tiny_lm", "--adaptive-input", "adaptive_input .* --adaptive-input out"),
+    ],
+)
+def test_bad_combinations_name_both_flags_and_the_way_out(arch, flags, words, pairs, text, tmp_path):
+    data = text if arch.endswith("_lm") else pairs
+    with pytest.raises(ValueError, match=words):
+        stock.train(data, arch, tmp_path / "none", *flags.split())
+    assert not list(tmp_path.glob("none/*"))
+
+
+@pytest.mark.e2e
+def test_a_misspelt_setting_is_refused(pairs, tmp_path):
+    checkpoint = stock.train(pairs, "xmoe_transformer_tiny", tmp_path)
+    with pytest.raises(ValueError, match="moe_treshold; the moe_. settings are .*moe_threshold"):
+        stock.generate(pairs, checkpoint, "--model-overrides", "{'moe_treshold': 0.5}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_experts", "num_null", "top_k"), [(8, 8, 3), (8, 16, 4), (4, 5, 4), (8, 8, 4)])
+def test_adamoe_trained_with_its_loss_alone_reaches_the_balanced_load(num_experts, num_null, top_k):
+    torch.manual_seed(0)
+    layer = MoELayer(
+        MoEConfig(
+            *(16, num_experts, 4), router="adamoe", top_k=top_k, num_null_experts=num_null, capacity_factor=None
+        )
+    )
+    with torch.no_grad():
+        layer.router.weight[:num_experts] += 0.2  # an uneven start
+    optimizer = torch.optim.Adam([layer.router.weight], lr=0.02)
+    x_TD = torch.randn(4096, 16) + 0.3
+
+    def load():
+        return layer(x_TD)[1].count_E.sum().item() / len(x_TD)
+
+    balanced = top_k * num_experts / (num_experts + num_null)
+    assert abs(load() / balanced - 1) > 0.1
+    for _ in range(150):
+        optimizer.zero_grad()
+        layer(x_TD)[1].balance_loss.backward()
+        optimizer.step()
+    assert load() == pytest.approx(balanced, rel=0.03)

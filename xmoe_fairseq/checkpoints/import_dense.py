@@ -1,0 +1,280 @@
+"""Turn a dense fairseq transformer into a mixture of experts: cut its feed-forward networks up, or copy them.
+
+Letters: D model width; F hidden units of the dense FFN; E experts.
+
+``split``: the F hidden units are dealt to E experts of F / E each. A MoE layer adds up p_e * expert_e(x) with p the router's
+softmax; with router weights zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps the whole
+output bias: at t = 1 the layer computes exactly the dense FFN (to rounding; E a power of two scales without any).
+
+``copy`` (sparse up-cycling, arXiv 2212.05055): every expert is the whole FFN, its second map and bias scaled by E / n, with
+n the number of experts a token takes while all p are equal. With ``normalize_weights`` nothing is scaled and the result
+is the dense model's for every router.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq.models import ARCH_CONFIG_REGISTRY
+from torch import Tensor
+
+from ..models.moe_args import SETTINGS, is_moe_layer, optional
+from ..moe import MoEConfig
+from ..moe.routers.threshold import count_to_reach
+from .command import run_command
+from .files import CheckpointError, State, load_checkpoint, save_checkpoint
+from .settings import converted, flat_settings
+from .structure import check_structure, describe_method
+
+GROUPINGS = ("contiguous", "random", "kmeans")
+ROUTER_STARTS = ("zero", "random", "centroids")
+
+
+@dataclass(frozen=True)
+class DenseImport:
+    """How to make experts of a dense FFN.
+
+    Attributes:
+        num_experts: E; ``split`` needs F to be a multiple of it.
+        mode: split or copy.
+        grouping: which hidden units form an expert (split): contiguous, random, or kmeans (units with similar input
+            weights together, groups of equal size; the idea of MoEfication, arXiv 2110.01786).
+        router_start: zero (all p equal: exact, but ties all go to the lowest experts as soon as t < 1 or k < E),
+            random, or centroids (mean input weights of the expert's units; copy has only one such mean and refuses).
+        router_scale: root mean square of the router's entries for random and centroids. The larger, the further the
+            p are from 1 / E, and the start from the dense model.
+        seed: of random choices.
+    """
+
+    num_experts: int
+    mode: str = "split"
+    grouping: str = "contiguous"
+    router_start: str = "zero"
+    router_scale: float = 0.02
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("mode", ("split", "copy")),
+            ("grouping", GROUPINGS),
+            ("router_start", ROUTER_STARTS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
+        if self.mode == "copy" and self.router_start == "centroids":
+            raise ValueError("copies have equal centroids; choose router_start zero or random")
+
+
+def import_dense(state: State, how: DenseImport, moe: dict[str, Any]) -> State:
+    """Make an ``xmoe_transformer`` (or ``xmoe_transformer_lm``) of a dense checkpoint.
+
+    Args:
+        state: from ``load_checkpoint``; arch transformer, transformer_lm or one of their named sizes.
+        how: see ``DenseImport``.
+        moe: ``moe_*`` settings of the new model (router, threshold, top_k, sides, interval, ...); number and size of the
+            experts follow from ``how``.
+    Returns:
+        a checkpoint of this package, without optimiser state.
+    Raises:
+        CheckpointError: not a dense transformer, or sizes that do not divide.
+        ValueError: settings that no MoE layer can have.
+    """
+    settings = _dense_settings(state)
+    sides = [side for side in ("encoder", "decoder") if f"{side}.layers.0.fc1.weight" in state["model"]]
+    if not sides:
+        raise CheckpointError("the checkpoint has no layer with fc1 and fc2: it is not a dense fairseq transformer")
+    arch = "xmoe_transformer" if "encoder" in sides else "xmoe_transformer_lm"
+    settings |= {name: setting.default for name, setting in SETTINGS.items()} | moe
+    settings["moe_num_experts"] = how.num_experts
+    view = argparse.Namespace(**settings)
+    chosen = [
+        (side, index)
+        for side in sides
+        for index in range(settings[f"{side}_layers"])
+        if is_moe_layer(view, side, index)
+    ]
+    if not chosen:
+        raise CheckpointError(f"moe_sides {view.moe_sides} and moe_interval {view.moe_interval} choose no layer")
+    settings["moe_expert_dim"] = _expert_dim(settings, {side for side, _ in chosen}, how)
+    scales = output_scales(_layer_config(settings, chosen[0][0]), how)
+    model = dict(state["model"])
+    generator = torch.Generator().manual_seed(how.seed)
+    for side, index in chosen:
+        _replace_ffn(model, f"{side}.layers.{index}", how, scales, generator)
+    new = converted(state, model, settings, arch, f"dense model, {how.mode}")
+    check_structure(new)
+    return new
+
+
+def _dense_settings(state: State) -> dict[str, Any]:
+    settings = flat_settings(state)
+    arch = settings.get("arch") or settings.get("_name")
+    if "moe_num_experts" in settings or "moe_type" in settings:
+        raise CheckpointError(f"the checkpoint (arch {arch}) is already a mixture of experts")
+    view = argparse.Namespace(**settings)
+    if arch in ARCH_CONFIG_REGISTRY:
+        ARCH_CONFIG_REGISTRY[arch](view)  # what a YAML left to the architecture's defaults
+    return vars(view)
+
+
+def _expert_dim(settings: dict[str, Any], sides: set[str], how: DenseImport) -> int:
+    hidden = {settings[f"{side}_ffn_embed_dim"] for side in sides}
+    if len(hidden) > 1:
+        raise CheckpointError(
+            f"the FFNs of encoder and decoder have {sorted(hidden)} hidden units; all experts of a model have one size: "
+            "choose moe_sides encoder or decoder"
+        )
+    (units,) = hidden
+    if how.mode == "copy":
+        return int(units)
+    if units % how.num_experts:
+        raise CheckpointError(
+            f"{units} hidden units cannot be cut into {how.num_experts} equal experts; choose a divisor"
+        )
+    return int(units // how.num_experts)
+
+
+def _layer_config(settings: dict[str, Any], side: str) -> MoEConfig:
+    """Checks the settings as the model will."""
+    fields = {setting.config: settings[name] for name, setting in SETTINGS.items() if setting.config}
+    return MoEConfig(embed_dim=settings[f"{side}_embed_dim"], activation=str(settings["activation_fn"]), **fields)
+
+
+def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
+    """Factors on the second map and on its bias that make up for the weights of a token's experts while all p are equal.
+
+    Then n experts are taken, each with weight 1 / E, or 1 / n if weights are normalised. ``copy`` wants the weights of the
+    maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all in both.
+    """
+    if config.merge_experts or config.router in ("hash", "base") or config.num_null_experts:
+        raise ValueError(
+            f"moe_router {config.router} does not weight experts by a softmax over them all; "
+            "choose threshold, switch or top_k without merging or null experts"
+        )
+    experts = config.num_experts
+    taken = config.top_k or 1
+    if config.router == "threshold":
+        taken = int(count_to_reach(torch.full((1, experts), 1 / experts), config.threshold))
+    to_sum_one = 1.0 if config.normalize_weights else experts / taken
+    if how.mode == "copy":
+        return to_sum_one, to_sum_one
+    return float(taken if config.normalize_weights else experts), to_sum_one
+
+
+def _replace_ffn(
+    model: dict[str, Tensor],
+    layer: str,
+    how: DenseImport,
+    scales: tuple[float, float],
+    generator: torch.Generator,
+) -> None:
+    if f"{layer}.ffn_layernorm.weight" in model:
+        raise CheckpointError(f"{layer} normalises its hidden units (--scale-fc), which experts cannot do")
+    w1_FD, b1_F, w2_DF, b2_D = (
+        model.pop(f"{layer}.{name}") for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    )
+    experts = how.num_experts
+    if how.mode == "copy":
+        unit_EF = torch.arange(w1_FD.size(0)).expand(experts, -1)
+    else:
+        unit_EF = group_units(w1_FD, experts, how.grouping, generator)
+    prefix = f"{layer}.moe"
+    model[f"{prefix}.experts.w1"] = w1_FD[unit_EF].transpose(1, 2).contiguous()
+    model[f"{prefix}.experts.b1"] = b1_F[unit_EF].clone()
+    model[f"{prefix}.experts.w2"] = w2_DF.t()[unit_EF] * scales[0]
+    model[f"{prefix}.experts.b2"] = (b2_D * scales[1]).expand(experts, -1).clone()
+    model[f"{prefix}.router.weight"] = start_router(w1_FD, unit_EF, how, generator)
+
+
+def group_units(w1_FD: Tensor, num_experts: int, grouping: str, generator: torch.Generator) -> Tensor:
+    """int64 (E, F / E): the hidden units of each expert; every unit in exactly one.
+
+    ``w1_FD``: float, one row of input weights per hidden unit.
+    """
+    groupings: dict[str, Callable[[], Tensor]] = {
+        "contiguous": lambda: torch.arange(w1_FD.size(0)),
+        "random": lambda: torch.randperm(w1_FD.size(0), generator=generator),
+        "kmeans": lambda: _balanced_kmeans(w1_FD, num_experts, generator),
+    }
+    return groupings[grouping]().view(num_experts, -1)
+
+
+def _balanced_kmeans(w1_FD: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
+    """int64 (F,): units sorted by group. Centres by k-means of the normalised rows, then the cheapest even assignment."""
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+
+    row_FD = torch.nn.functional.normalize(w1_FD.float(), dim=-1).numpy()
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    distance_FE = KMeans(num_experts, n_init=1, random_state=seed).fit(row_FD).transform(row_FD)
+    each = len(row_FD) // num_experts
+    unit_F, place_F = linear_sum_assignment((distance_FE**2).repeat(each, axis=1))
+    by_place = torch.from_numpy(place_F).argsort(stable=True)
+    return torch.from_numpy(unit_F)[by_place]
+
+
+def start_router(w1_FD: Tensor, unit_EF: Tensor, how: DenseImport, generator: torch.Generator) -> Tensor:
+    """float (E, D), dtype of ``w1_FD``: the first router weights."""
+    shape = (how.num_experts, w1_FD.size(1))
+    if how.router_start == "zero":
+        return torch.zeros(shape, dtype=w1_FD.dtype)
+    if how.router_start == "random":
+        start_ED = torch.randn(shape, generator=generator)
+    else:
+        start_ED = w1_FD.float()[unit_EF].mean(dim=1)
+        start_ED = start_ED - start_ED.mean(dim=0)  # what all experts share does not choose between them
+    rms = start_ED.square().mean().sqrt().clamp(min=1e-12)
+    return (start_ED * (how.router_scale / rms)).to(w1_FD.dtype)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m xmoe_fairseq.checkpoints.import_dense",
+        description="Make a mixture of experts of a dense fairseq transformer. split: experts that together are the FFN, "
+        "exactly at t = 1. copy: every expert the whole FFN (sparse up-cycling). The optimiser state is dropped: train on "
+        "with --finetune-from-model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--input", required=True, metavar="PT", help="dense checkpoint")
+    parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")
+    parser.add_argument("--num-experts", required=True, type=int, metavar="E", help="experts per MoE layer")
+    parser.add_argument("--mode", choices=("split", "copy"), default="split", help="cut the FFN up, or copy it")
+    parser.add_argument("--grouping", choices=GROUPINGS, default="contiguous", help="split: which units form an expert")
+    parser.add_argument("--router-start", choices=ROUTER_STARTS, default="zero", help="zero: exactly the dense model")
+    parser.add_argument("--router-scale", type=float, default=0.02, help="root mean square of the router's entries")
+    parser.add_argument("--seed", type=int, default=1, help="of random grouping, k-means and a random router")
+    parser.add_argument("--router", choices=("threshold", "switch", "top_k"), help="default: threshold; copy: switch")
+    parser.add_argument("--threshold", type=float, default=1.0, help="t of the threshold router; 1: all experts")
+    parser.add_argument("--top-k", type=int, help="experts a token takes (top_k)")
+    parser.add_argument("--normalize-weights", action="store_true", help="weights sum to 1 over a token's experts")
+    parser.add_argument("--capacity-factor", type=optional(float), help="gamma in training; none: no drops")
+    parser.add_argument("--sides", choices=("encoder", "decoder", "both"), default="both", help="stacks to change")
+    parser.add_argument("--interval", type=int, default=2, help="every n-th layer (2: the second, fourth, ...)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = _parser().parse_args(argv)
+    how = DenseImport(args.num_experts, args.mode, args.grouping, args.router_start, args.router_scale, args.seed)
+    moe = {
+        "moe_router": args.router or ("threshold" if args.mode == "split" else "switch"),
+        "moe_threshold": args.threshold,
+        "moe_top_k": args.top_k,
+        "moe_normalize_weights": args.normalize_weights,
+        "moe_capacity_factor": args.capacity_factor,
+        "moe_sides": args.sides,
+        "moe_interval": args.interval,
+    }
+    new = import_dense(load_checkpoint(args.input), how, moe)
+    save_checkpoint(new, args.output)
+    print(f"{args.output}: {describe_method(flat_settings(new))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,55 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_CARD = """# {arch}
+
+A translation or language model trained with fairseq and the package `xmoe_fairseq`.
+
+| | |
+|---|---|
+| Layers replaced by a mixture of experts | {method} |
+| Languages | {languages} |
+| Layers | {layers} |
+| Parameters | {parameters:,}, of them in experts {expert_parameters:,} |
+| Optimiser updates | {num_updates:,} |
+| Validation score when saved | {score} |
+
+## Use
+
+    python -m xmoe_fairseq.checkpoints.import_safetensors --input THIS_FOLDER --output model.pt
+    fairseq-generate DATA_BIN --user-dir xmoe_fairseq --path model.pt
+
+`DATA_BIN` is binarised with the dictionaries (`dict.*.txt`) and the subword model of the training; they are not part of
+the tensors. Fill in below what is known of them.
+
+## Files
+
+- `model.safetensors`: the tensors. Expert e of a layer computes `activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]`.
+- `config.json`: settings for fairseq, tied tensors, the sha256 of the tensors.
+
+## To be filled in by the owner
+
+Training data and its licences; scores with their sacreBLEU signatures; intended use and known failures; licence.
+"""
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """Markdown, from the configuration that ``export_safetensors`` writes; what it cannot know it asks the owner for."""
+    settings, task = config["cfg"]["model"], config["cfg"].get("task") or {}
+    pair = [task.get("source_lang"), task.get("target_lang")]
+    layers = [
+        f"{settings[f'{side}_layers']} {side}" for side in ("encoder", "decoder") if settings.get(f"{side}_layers")
+    ]
+    return _CARD.format(
+        arch=settings.get("arch") or settings.get("_name"),
+        method=config["method"],
+        languages=" to ".join(pair) if all(pair) else "not recorded",
+        layers=", ".join(layers),
+        parameters=config["parameters"],
+        expert_parameters=config["expert_parameters"],
+        num_updates=config["num_updates"],
+        score="not recorded" if config["score"] is None else config["score"],
+    )

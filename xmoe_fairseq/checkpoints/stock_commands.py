@@ -1,0 +1,96 @@
+"""Make the stock fairseq commands read and write checkpoints safely, on several ranks too; fairseq's files stay as they are.
+
+The package door calls ``harden_fairseq``. Four functions of fairseq are wrapped at run time:
+
+- reading: the checksums are looked at, and a refused or damaged file gets a clear message;
+- resuming: if ``checkpoint_last.pt`` is damaged, training continues from the last good checkpoint of the folder;
+- copying (``checkpoint1.pt`` to ``checkpoint_last.pt``): beside the target, then moved. fairseq copies in place, so a
+  process killed meanwhile leaves half a file;
+- broadcasting what rank 0 read to the other ranks: fairseq pickles its configuration object, which torch >= 2.6 rightly
+  refuses on the other side; plain data is sent instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+
+from .fallback import latest_good
+from .files import CheckpointError, refusal, verify_file, write_aside
+
+logger = logging.getLogger(__name__)
+_resuming = False
+
+
+def harden_fairseq() -> None:
+    """Wrap the four functions; calling it again changes nothing."""
+    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _read_checked)
+    _wrap(checkpoint_utils, "load_checkpoint", _resume)
+    _wrap(distributed_utils, "_broadcast_object_slow", _broadcast_plain)
+    _wrap(PathManager, "copy", _copy_aside)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if getattr(original, "is_hardened", False):
+        return
+    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+    wrapped.is_hardened = True  # type: ignore[attr-defined]
+    setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
+
+
+def _resume(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global _resuming
+    _resuming = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _resuming = False
+
+
+def _read_checked(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _read(original, path, *args, **kwargs)
+    except CheckpointError as error:
+        # One rank's part must not come from another update than the other ranks': only a whole model may fall back.
+        if not _resuming or Path(path).name != "checkpoint_last.pt":
+            raise
+        good = latest_good(Path(path).parent)
+        logger.warning("%s", error)
+        logger.warning("CONTINUING FROM %s, the last good checkpoint, instead of %s", good, path)
+        return _read(original, str(good), *args, **kwargs)
+
+
+def _read(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+    local_path = PathManager.get_local_path(path)
+    verify_file(local_path)
+    try:
+        return original(path, *args, **kwargs)
+    except pickle.UnpicklingError as error:
+        raise refusal(Path(path), error) from None
+
+
+def _broadcast_plain(original: Callable[..., Any], obj: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(obj, dict) and isinstance(obj.get("cfg"), DictConfig):
+        obj = {**obj, "cfg": OmegaConf.to_container(obj["cfg"], enum_to_str=True)}
+    with torch.serialization.safe_globals([distributed_utils._TensorPlaceholder]):
+        return original(obj, *args, **kwargs)
+
+
+def _copy_aside(original: Callable[..., Any], src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+    if PathManager.path_requires_pathmanager(dst_path):
+        return original(src_path, dst_path, overwrite)
+    write_aside(dst_path, lambda partial: shutil.copyfile(src_path, partial))
+    return os.fspath(dst_path)

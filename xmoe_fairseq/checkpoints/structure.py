@@ -1,0 +1,141 @@
+"""What a checkpoint says about itself: settings, MoE layers, parameters; and whether its tensors agree with that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..models.moe_args import SETTINGS
+from .files import CheckpointError, State
+
+Shape = tuple[int, ...]
+
+
+class MissingExpertError(CheckpointError):
+    """A MoE layer lacks some or all of its experts."""
+
+
+class WrongSizeError(CheckpointError):
+    """A tensor has another shape than the checkpoint's own settings give it."""
+
+
+def model_settings(state: State) -> dict[str, Any]:
+    """The model's flat settings, from ``cfg`` (fairseq >= 0.10) or ``args``.
+
+    Raises:
+        CheckpointError: the checkpoint has neither.
+    """
+    cfg = state.get("cfg")
+    settings = cfg["model"] if cfg else state.get("args")
+    if settings is None:
+        raise CheckpointError("the checkpoint holds neither cfg nor args, so nothing says what its model is")
+    return dict(settings) if hasattr(settings, "keys") else dict(vars(settings))
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with the default of every ``moe_*`` setting it lacks, if it is a MoE model's."""
+    if "moe_num_experts" not in settings:
+        return settings
+    return {**{name: setting.default for name, setting in SETTINGS.items()}, **settings}
+
+
+def moe_layers(state: State) -> list[tuple[str, int]]:
+    """(side, layer index) of every layer that the settings make a MoE layer; none for a dense model."""
+    settings = with_defaults(model_settings(state))
+    if "moe_num_experts" not in settings:
+        return []
+    sides = [side for side in ("encoder", "decoder") if settings["moe_sides"] in (side, "both")]
+    present = [side for side in sides if any(name.startswith(f"{side}.layers.") for name in state["model"])]
+    interval = settings["moe_interval"]
+    return [
+        (side, index) for side in present for index in range(settings[f"{side}_layers"]) if (index + 1) % interval == 0
+    ]
+
+
+def check_structure(state: State, path: Any = "the checkpoint") -> None:
+    """Compare the feed-forward and MoE tensors with the checkpoint's own settings.
+
+    Raises:
+        MissingExpertError, WrongSizeError: with the tensor, what it is and what it should be.
+    """
+    settings, model = with_defaults(model_settings(state)), state["model"]
+    moe = moe_layers(state)
+    for side, index in moe:
+        for name, shape in _moe_shapes(settings, side).items():
+            _check_tensor(model, f"{side}.layers.{index}.moe.{name}", shape, path)
+    for side in ("encoder", "decoder"):
+        width, hidden = settings.get(f"{side}_embed_dim"), settings.get(f"{side}_ffn_embed_dim")
+        for index in range(settings.get(f"{side}_layers") or 0):
+            name = f"{side}.layers.{index}.fc1.weight"
+            if (side, index) not in moe and name in model:
+                _require_shape(name, model[name], (hidden, width), path)
+
+
+def _moe_shapes(settings: dict[str, Any], side: str) -> dict[str, Shape]:
+    experts, hidden = settings["moe_num_experts"], settings["moe_expert_dim"]
+    width = settings[f"{side}_embed_dim"]
+    shapes: dict[str, Shape] = {
+        "experts.w1": (experts, width, hidden),
+        "experts.b1": (experts, hidden),
+        "experts.w2": (experts, hidden, width),
+        "experts.b2": (experts, width),
+    }
+    if (
+        settings["moe_router"] in ("threshold", "top_k", "switch", "adamoe", "base")
+        and not settings["moe_merge_experts"]
+    ):
+        shapes["router.weight"] = (experts + settings["moe_null_experts"], width)
+    return shapes
+
+
+def _check_tensor(model: dict[str, Tensor], name: str, shape: Shape, path: Any) -> None:
+    if name not in model:
+        raise MissingExpertError(f"{path}: {name} is missing; the settings ask for {shape}. Take the whole checkpoint")
+    found = tuple(model[name].shape)
+    if ".experts." in name and found[1:] == shape[1:] and found[0] < shape[0]:
+        raise MissingExpertError(
+            f"{path}: {name} holds {found[0]} of {shape[0]} experts; is it one rank's part of an expert-parallel model? "
+            "Take the consolidated checkpoint"
+        )
+    _require_shape(name, model[name], shape, path)
+
+
+def _require_shape(name: str, tensor: Tensor, shape: Shape, path: Any) -> None:
+    if tuple(tensor.shape) != shape:
+        raise WrongSizeError(
+            f"{path}: {name} is {tuple(tensor.shape)}, its own settings make it {shape}; the file mixes two models"
+        )
+
+
+def count_parameters(model: dict[str, Tensor]) -> dict[str, int]:
+    """Numbers in the model's tensors: ``total`` and ``experts`` among them; tied tensors count once."""
+    seen, counts = set(), {"total": 0, "experts": 0}
+    for name, tensor in model.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place in seen or not tensor.is_floating_point():
+            continue
+        seen.add(place)
+        counts["total"] += tensor.numel()
+        counts["experts"] += tensor.numel() if "expert" in name else 0
+    return counts
+
+
+def describe_method(settings: dict[str, Any]) -> str:
+    """One line: the routing method and its sizes, or the dense FFN."""
+    if "moe_num_experts" not in settings:
+        if "num_experts" in settings and "moe_type" in settings:
+            return f"released fork's {settings['moe_type']} router; python -m xmoe_fairseq.checkpoints.import_official"
+        return f"dense FFN {settings.get('encoder_ffn_embed_dim') or settings.get('decoder_ffn_embed_dim')}"
+    settings = with_defaults(settings)
+    parts = ["merged experts" if settings["moe_merge_experts"] else settings["moe_router"]]
+    parts.append(f"{settings['moe_num_experts']} experts of {settings['moe_expert_dim']}")
+    if settings["moe_router"] == "threshold":
+        parts.append(f"t {settings['moe_threshold']}")
+    if settings["moe_top_k"] is not None:
+        parts.append(f"k {settings['moe_top_k']}")
+    if settings["moe_null_experts"]:
+        parts.append(f"{settings['moe_null_experts']} null experts")
+    parts.append(f"gamma {settings['moe_capacity_factor']} (inference {settings['moe_eval_capacity_factor']})")
+    parts.append(f"sides {settings['moe_sides']}, every {settings['moe_interval']} layers")
+    return ", ".join(parts)

@@ -1,0 +1,179 @@
+"""What fairseq's trainer must know when ``--moe-expert-parallel`` spreads experts over ranks.
+
+Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. It lacks three things, added here
+around its own functions, when the first expert-parallel model of a process is built and not before:
+
+- the gradient norm: stock leaves experts out of it; here it is that of replicated experts, equal on every rank;
+- saving: one file with all experts and their optimiser state, gathered where every rank passes
+  (``Trainer.consolidate_optimizer``), written by rank 0 as ever;
+- loading: each rank keeps its slice of the optimiser state (of the weights: ``ParallelExperts``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from fairseq import utils
+from fairseq.trainer import Trainer
+from torch import Tensor, nn
+
+from ..moe.parallel import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks
+
+
+def teach_trainer() -> None:
+    """Wrap fairseq's functions; calling it again changes nothing. Runs without parallel experts stay as they were."""
+    for owner, name, wrap in (
+        (utils, "clip_grad_norm_", _with_expert_norm),
+        (Trainer, "__init__", _with_checks),
+        (Trainer, "_build_optimizer", _with_sliced_loading),
+        (Trainer, "consolidate_optimizer", _with_gathering),
+        (Trainer, "state_dict", _with_whole_experts),
+    ):
+        stock = getattr(owner, name)
+        if not hasattr(stock, "_xmoe_stock"):
+            wrapped = functools.wraps(stock)(wrap(stock))
+            wrapped._xmoe_stock = stock  # type: ignore[attr-defined]
+            setattr(owner, name, wrapped)
+
+
+def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
+    """Module name -> experts, in the model's order, which is the same on every rank."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
+
+
+def _with_expert_norm(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
+        params = [params] if isinstance(params, Tensor) else list(params)
+        experts = [param for param in params if hasattr(param, "expert")]
+        if not experts or aggregate_norm_fn is not None:
+            return stock(params, max_norm, aggregate_norm_fn)
+        grads = [param.grad.detach() for param in experts if param.grad is not None]
+        return stock(params, max_norm, lambda shared_norm: norm_over_ranks(shared_norm, grads))
+
+    return clip_grad_norm_
+
+
+def _with_checks(stock: Callable[..., None]) -> Callable[..., None]:
+    def __init__(trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        experts = parallel_experts(model)
+        if experts:
+            check_supported(cfg, task)
+            # torch's DDP reads this; it must neither broadcast nor reduce what differs from rank to rank
+            model._ddp_params_and_buffers_to_ignore = [f"{name}.{weight}" for name in experts for weight in WEIGHTS]
+        stock(trainer, cfg, task, model, *args, **kwargs)
+
+    return __init__
+
+
+def check_supported(cfg: Any, task: Any) -> None:
+    """ValueError for fairseq options that expert parallelism cannot honour.
+
+    Args:
+        cfg: fairseq's whole configuration.
+    """
+    backend = cfg.distributed_training.ddp_backend
+    allowed = ("legacy_ddp", "no_c10d", "pytorch_ddp", "c10d")
+    refused = {
+        f"--ddp-backend {backend}; choose one of {', '.join(allowed)}": backend not in allowed,
+        "--zero-sharding os, which would deal out the experts again; set it to none": (
+            cfg.distributed_training.zero_sharding != "none"
+        ),
+        "--use-bmuf; leave it out": cfg.optimization.use_bmuf,
+        "--fp16 with flat gradients, which hide the experts; add --fp16-no-flatten-grads, or use --amp or --bf16": (
+            cfg.common.fp16 and not cfg.common.fp16_no_flatten_grads and not cfg.common.memory_efficient_fp16
+        ),
+        "--ema-fp32; leave it out (--store-ema works)": cfg.ema.store_ema and cfg.ema.ema_fp32,
+        "--eval-bleu: ranks decode different numbers of steps and would wait for each other for ever; validate on the "
+        "loss and translate with a saved checkpoint, which holds all experts": getattr(task.cfg, "eval_bleu", False),
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise ValueError(f"--moe-expert-parallel does not work with {reason}")
+
+
+class _Whole(NamedTuple):
+    """All experts, on rank 0, between gathering and saving: names as in the state dict, optimiser slots by position."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
+
+
+def _with_gathering(stock: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    def consolidate_optimizer(trainer: Trainer) -> None:
+        stock(trainer)
+        if not parallel_experts(trainer.get_model()):
+            return
+        trainer._whole_experts = None  # frees what an unsaved gathering left
+        ema = _gather_weights(trainer.ema.get_model()) if trainer.cfg.ema.store_ema else {}
+        optimizer = {} if trainer.cfg.checkpoint.no_save_optimizer_state else _gather_slots(trainer.optimizer.optimizer)
+        whole = _Whole(_gather_weights(trainer.get_model()), ema, optimizer)
+        if trainer.is_data_parallel_master:
+            trainer._whole_experts = whole
+
+    return consolidate_optimizer
+
+
+def _gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    named = ((f"{name}.{w}", getattr(experts, w)) for name, experts in parallel_experts(model).items() for w in WEIGHTS)
+    return {name: gather_experts(weight) for name, weight in named}
+
+
+def _expert_positions(optimizer: torch.optim.Optimizer) -> dict[int, Tensor]:
+    """Position of each expert parameter in the optimiser's state dict -> the parameter."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {position: param for position, param in enumerate(params) if hasattr(param, "expert")}
+
+
+def _gather_slots(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Optimiser state that has the shape of its parameter (Adam's moments), for all experts."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for position, param in _expert_positions(optimizer).items():
+        state = optimizer.state[param] if param in optimizer.state else {}
+        names = sorted(name for name, value in state.items() if torch.is_tensor(value) and value.shape == param.shape)
+        slots[position] = {name: gather_experts(state[name]) for name in names}
+    return slots
+
+
+def _with_whole_experts(stock: Callable[[Trainer], dict[str, Any]]) -> Callable[[Trainer], dict[str, Any]]:
+    def state_dict(trainer: Trainer) -> dict[str, Any]:
+        state = stock(trainer)
+        if not parallel_experts(trainer.get_model()):
+            return state
+        whole = getattr(trainer, "_whole_experts", None)
+        if whole is None:
+            raise RuntimeError("experts lie on several ranks: call trainer.consolidate_optimizer() on every rank first")
+        trainer._whole_experts = None
+        state["model"].update(whole.model)
+        if whole.ema:
+            state["extra_state"]["ema"].update(whole.ema)
+        for position, slots in whole.optimizer.items():
+            if slots:
+                saved = state["last_optimizer_state"]["state"]
+                saved[position] = {**saved[position], **slots}
+        return state
+
+    return state_dict
+
+
+def _with_sliced_loading(stock: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    def _build_optimizer(trainer: Trainer) -> None:
+        stock(trainer)
+        experts = parallel_experts(trainer.get_model())
+        if experts:
+            held = local_slice(next(iter(experts.values())).num_experts)
+            trainer.optimizer.optimizer.register_load_state_dict_pre_hook(functools.partial(_slice_slots, held))
+
+    return _build_optimizer
+
+
+def _slice_slots(held: slice, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Cut the state of all experts down to this rank's, in place: fairseq's half-precision optimisers read it again."""
+    for position, param in _expert_positions(optimizer).items():
+        slots = state_dict["state"].get(position, {})
+        for name, value in slots.items():
+            if torch.is_tensor(value) and value.dim() and value.shape[1:] == param.shape[1:]:
+                slots[name] = value[held].clone() if value.size(0) != param.size(0) else value

@@ -1,0 +1,80 @@
+"""``xmoe_transformer_lm``: fairseq's decoder-only language model with mixture-of-experts layers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.models import register_model
+from fairseq.models.transformer_lm import (
+    DEFAULT_MAX_TARGET_POSITIONS,
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+)
+from omegaconf import OmegaConf, open_dict
+
+from ..moe import record_plans
+from .moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults
+from .stacks import MoEDecoder
+from .translation import MoETransformerConfig
+
+
+@register_model("xmoe_transformer_lm")
+class MoETransformerLanguageModel(TransformerLanguageModel):
+    """``transformer_lm`` with a MoE layer in place of the feed-forward network of every n-th layer.
+
+    The plans of the MoE layers lie in ``extra["moe_plans"]``, as in the translation model.
+    """
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Flags without defaults: those come from the architecture."""
+        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
+        add_moe_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> MoETransformerLanguageModel:
+        """From the settings of a command line, a YAML or a checkpoint."""
+        check_moe_names(args)
+        fill_moe_defaults(args)  # settings that an older checkpoint lacks
+        check_supported(args)
+        check_language_model(args)
+        settle_positions(args, task)
+        cfg = MoETransformerConfig.from_settings(args)
+        embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
+        return cls(MoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with record_plans(self) as plans:
+            x, extra = super().forward(*args, **kwargs)
+        extra["moe_plans"] = plans
+        return x, extra
+
+
+def check_language_model(args: Any) -> None:
+    """Refuse what only an encoder-decoder, or only the stock model, can do."""
+    if args.moe_merge_experts:
+        raise ValueError(
+            "moe_merge_experts merges by the source sentence and a language model has none: every token would need its "
+            "own merging, which costs more than not merging; leave moe_merge_experts out, or use moe_router top_k"
+        )
+    if args.moe_sides == "encoder":
+        raise ValueError("moe_sides encoder leaves a language model without MoE layers; set moe_sides both")
+    for name in ("character_embeddings", "adaptive_input"):
+        if getattr(args, name, False):
+            raise ValueError(f"{name} is not supported with MoE language models; leave --{name.replace('_', '-')} out")
+
+
+def settle_positions(args: Any, task: Any) -> None:
+    """Write into ``args``, and so into the checkpoint, how many positions the model has.
+
+    Later commands may use samples of another length, and a YAML gives the length to the task alone.
+    """
+    sources = (args, getattr(task, "args", None))
+    names = ("max_target_positions", "tokens_per_sample")
+    found = (getattr(source, name, None) for source in sources for name in names)
+    # a string is a reference to the task's setting that nobody has resolved
+    positions = next((value for value in found if isinstance(value, int)), DEFAULT_MAX_TARGET_POSITIONS)
+    with open_dict(args) if OmegaConf.is_config(args) else ExitStack():
+        args.max_target_positions = positions
