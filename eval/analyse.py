@@ -30,8 +30,8 @@ from eval.translate import parse_overrides
 from eval.translator import load_subwords
 
 SCHEMA = 1
-DEFAULT_CAPACITIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
-DEFAULT_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+DEFAULT_CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
+DEFAULT_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 def analyse(args: argparse.Namespace) -> dict[str, Any]:
@@ -67,11 +67,7 @@ def analyse(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe(loaded: Loaded) -> dict[str, Any]:
     """What the figures belong to."""
-    model = (
-        vars(loaded.cfg.model)
-        if hasattr(loaded.cfg.model, "__dict__") and "arch" in vars(loaded.cfg.model)
-        else {}
-    )
+    model = vars(loaded.cfg.model) if hasattr(loaded.cfg.model, "__dict__") and "arch" in vars(loaded.cfg.model) else {}
     get = model.get if model else lambda name, default=None: getattr(loaded.cfg.model, name, default)
     layers = moe_layers(loaded.model)
     config = next(iter(layers.values())).config if layers else None
@@ -113,9 +109,7 @@ def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) ->
         return search, search.references(corpus, sorted(chosen))
     lines = files.read_lines(args.reference)
     if max(chosen, default=0) >= len(lines):
-        raise ValueError(
-            f"{args.reference} has {len(lines)} lines, the test set more; line n must be sentence n"
-        )
+        raise ValueError(f"{args.reference} has {len(lines)} lines, the test set more; line n must be sentence n")
     return search, {index: lines[index] for index in chosen}
 
 
@@ -151,9 +145,7 @@ def _sweeps(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any
     return result
 
 
-def _translated(
-    search: Any, corpus: Any, indices: np.ndarray, references: Any, language: str
-) -> dict[str, Any]:
+def _translated(search: Any, corpus: Any, indices: np.ndarray, references: Any, language: str) -> dict[str, Any]:
     found, figures = search.translate(corpus, indices)
     return {
         "sentences": len(found),
@@ -168,9 +160,7 @@ def _checkpoint_point(args: argparse.Namespace, path: str) -> dict[str, Any]:
     corpus = _corpus(args, loaded)
     described = describe(loaded)
     kept = {name: described[name] for name in ("path", "num_updates", "router", "threshold", "top_k")}
-    return kept | passes.evaluate(
-        loaded, corpus, corpus.evenly(args.sweep_sentences), max_tokens=args.max_tokens
-    )
+    return kept | passes.evaluate(loaded, corpus, corpus.evenly(args.sweep_sentences), max_tokens=args.max_tokens)
 
 
 def _explorer(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any) -> list[dict[str, Any]]:
@@ -181,9 +171,7 @@ def _explorer(args: Any, loaded: Loaded, corpus: Any, search: Any, references: A
     order = sorted(found)
     dictionary = loaded.task.source_dictionary
     source = [dictionary.string(corpus.dataset[index]["source"]) for index in order]
-    routed = translation.routing_of(
-        loaded, source, [found[index]["pieces"] for index in order], args.max_tokens
-    )
+    routed = translation.routing_of(loaded, source, [found[index]["pieces"] for index in order], args.max_tokens)
     return [
         {
             "id": index,
@@ -246,62 +234,42 @@ def _parser() -> argparse.ArgumentParser:
     add("--user-dir", metavar="DIR", help="e.g. xmoe_fairseq, which also lets checkpoints be loaded")
     add("--output", required=True, metavar="FILE", help="the JSON to write")
     add("--gen-subset", default="test", metavar="NAME", help="binarised set to analyse (default test)")
-    add(
-        "--source",
-        metavar="FILE",
-        help="raw text instead, one segment a line; needs --reference and --subwords",
-    )
+    add("--source", metavar="FILE", help="raw text instead, one segment a line; needs --reference and --subwords")
     add("--reference", metavar="FILE", help="raw references, for BLEU; line n belongs to sentence n")
-    add(
-        "--subwords",
-        metavar="PATH",
-        help="folder of data_prep.subwords, sentencepiece model or subword-nmt codes; without it nothing is translated",
+    subwords = (
+        "folder of data_prep.subwords, sentencepiece model or subword-nmt codes; without it nothing is translated"
     )
-    add(
-        "--max-tokens",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens in a batch, padding included (default 4096)",
-    )
-    add("--capacity-factors", type=_numbers, default=list(DEFAULT_CAPACITIES), metavar="X,X,...",
-        help="eval capacities to try, beside none (default 0.25,0.5,0.75,1,1.5,2,4)")  # fmt: skip
-    add("--thresholds", type=_numbers, default=list(DEFAULT_THRESHOLDS), metavar="X,X,...",
-        help="thresholds to try (default 0,0.3,0.5,0.7,0.8,0.9,0.95,1)")  # fmt: skip
-    add("--sweep-sentences", type=int, default=1000, metavar="N", help="sentences of each try (default 1000)")
-    add(
-        "--translate",
-        type=int,
-        default=100,
-        metavar="N",
-        help="sentences translated at each try (default 100; 0: none)",
-    )
-    add(
-        "--explore",
-        type=int,
-        default=40,
-        metavar="N",
-        help="translated sentences in the explorer (default 40; 0: none)",
-    )
-    add("--beam", type=int, default=5)
+    add("--subwords", metavar="PATH", help=subwords)
     add("--training-log", metavar="FILE", help="log with log_format json: learning curves and Fig 5")
-    add(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        metavar="CKPT",
-        help="more checkpoints: along a training, or of other t",
-    )
+    more = "more checkpoints, along a training (Fig 5) or of other thresholds (Fig 7)"
+    add("--checkpoints", nargs="+", default=[], metavar="CKPT", help=more)
     add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
+    _add_sizes(parser.add_argument_group("how much"))
     add("--cpu", action="store_true", help="do not use a GPU")
     return parser
 
 
+def _add_sizes(group: Any) -> None:
+    def add(flag: str, default: int, help_text: str) -> None:
+        group.add_argument(flag, type=int, default=default, metavar="N", help=f"{help_text} (default {default})")
+
+    add("--max-tokens", 4096, "tokens in a batch, padding included")
+    add("--sweep-sentences", 1000, "sentences of each point of a sweep")
+    add("--translate", 100, "sentences translated at each point of a sweep; 0: none")
+    add("--explore", 40, "translated sentences in the explorer; 0: none")
+    add("--beam", 5, "beam of these translations")
+    sweeps = {
+        "--capacity-factors": (DEFAULT_CAPACITIES, "eval capacities to try, beside none"),
+        "--thresholds": (DEFAULT_THRESHOLDS, "thresholds to try"),
+    }
+    for flag, (default, text) in sweeps.items():
+        shown = f"{text} (default {','.join(f'{value:g}' for value in default)})"
+        group.add_argument(flag, type=_numbers, default=list(default), metavar="X,X,...", help=shown)
+
+
 def _check(args: argparse.Namespace) -> None:
     if args.source and not (args.reference and args.subwords):
-        raise ValueError(
-            "--source needs --reference and --subwords: teacher forcing feeds the model both sides"
-        )
+        raise ValueError("--source needs --reference and --subwords: teacher forcing feeds the model both sides")
     for name, least in (
         ("max_tokens", 1),
         ("sweep_sentences", 1),

@@ -176,9 +176,7 @@ def _compare_files(args: argparse.Namespace) -> dict[str, Any]:
     for entry, (_, path), (_, lines) in zip(report["systems"], paths, systems, strict=True):
         entry["hypotheses"] = files.describe_file(path, lines)
     return report | {
-        "references": [
-            files.describe_file(p, ref) for p, ref in zip(args.references, references, strict=True)
-        ],
+        "references": [files.describe_file(p, ref) for p, ref in zip(args.references, references, strict=True)],
         "target_language": args.target_language,
         "sacrebleu_version": sacrebleu.__version__,
     }

@@ -26,17 +26,13 @@ def decode_lines(raw: bytes, name: str, *, strict: bool = True) -> list[str]:
     Raises: ValueError for invalid UTF-8 and for no line at all; if strict, for those characters too.
     """
     if strict and raw.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(
-            f"{name}: starts with a byte order mark; remove it, e.g. sed -i '1s/^\\xEF\\xBB\\xBF//'"
-        )
+        raise ValueError(f"{name}: starts with a byte order mark; remove it, e.g. sed -i '1s/^\\xEF\\xBB\\xBF//'")
     pieces = raw.split(b"\n")
     if pieces[-1] == b"":
         pieces.pop()
     if not pieces:
         raise ValueError(f"{name}: has no lines; expected one segment per line")
-    return [
-        _decode_line(piece, f"{name}, line {number}", strict) for number, piece in enumerate(pieces, start=1)
-    ]
+    return [_decode_line(piece, f"{name}, line {number}", strict) for number, piece in enumerate(pieces, start=1)]
 
 
 def _decode_line(piece: bytes, place: str, strict: bool) -> str:
@@ -53,9 +49,7 @@ def _decode_line(piece: bytes, place: str, strict: bool) -> str:
         raise ValueError(f"{place}: holds a NUL character; remove it, e.g. with tr -d '\\000'")
     for character, code in _HIDDEN_BREAKS.items():
         if character in line:
-            raise ValueError(
-                f"{place}: holds {code}, which other tools take for a line break; replace it by a space"
-            )
+            raise ValueError(f"{place}: holds {code}, which other tools take for a line break; replace it by a space")
     return line.rstrip()
 
 

@@ -33,9 +33,7 @@ def normalise_language(code: str) -> str:
     return _TWO_LETTER.get(base, base)
 
 
-def build_metrics(
-    names: Sequence[str], target_language: str, references: Sequence[Sequence[str]]
-) -> dict[str, Metric]:
+def build_metrics(names: Sequence[str], target_language: str, references: Sequence[Sequence[str]]) -> dict[str, Metric]:
     """sacreBLEU metric objects with cached references.
 
     BLEU takes sacreBLEU's tokenizer of the language (zh, ja-mecab, ko-mecab, 13a for all others). TER splits

@@ -49,7 +49,8 @@ def load_run(text: str) -> dict[str, Any]:
     scores = folder / "scores.json"
     if not path.exists() or not (analysis.is_file() or scores.is_file()):
         raise FileNotFoundError(
-            f"{place}: no analysis.json and no scores.json there; run python -m eval.analyse or scripts/run_pair.sh first"
+            f"{place}: no analysis.json and no scores.json there; "
+            "run python -m eval.analyse or scripts/run_pair.sh first"
         )
     run: dict[str, Any] = {"name": name or path.resolve().name, "analysis": None, "scores": None}
     if analysis.is_file():
@@ -168,9 +169,7 @@ def _problems(runs: Sequence[dict[str, Any]]) -> list[str]:
         for name in ("train_loss", "valid_loss"):
             value = training.get(name)
             if isinstance(value, float) and not math.isfinite(value):
-                own.append(
-                    f"the last {name.replace('_', ' ')} is not a number: look for the update at which it broke"
-                )
+                own.append(f"the last {name.replace('_', ' ')} is not a number: look for the update at which it broke")
         found += [f"{run['name']}: {problem}" if len(runs) > 1 else problem for problem in own]
     return found
 
@@ -179,9 +178,7 @@ def _notes(runs: Sequence[dict[str, Any]]) -> list[str]:
     notes = []
     for run in runs:
         if run["analysis"] is None:
-            notes.append(
-                f"{run['name']}: no analysis.json, so no routing figures; run python -m eval.analyse."
-            )
+            notes.append(f"{run['name']}: no analysis.json, so no routing figures; run python -m eval.analyse.")
         elif not run["analysis"]["layers"]:
             notes.append(
                 f"{run['name']}: no mixture-of-experts layer; every token goes through dense feed-forward networks."
@@ -191,9 +188,7 @@ def _notes(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One column per run: scores with confidence intervals, loss, size, FLOPs, speed."""
-    metrics = list(
-        dict.fromkeys(name for run in runs for name in ((run["scores"] or {}).get("scores") or {}))
-    )
+    metrics = list(dict.fromkeys(name for run in runs for name in ((run["scores"] or {}).get("scores") or {})))
     rows = [[_metric_name(runs, name), *(_score(run, name) for run in runs)] for name in metrics]
     facts = {
         "test perplexity": lambda run: _analysed(run, "quality", "perplexity", form="{:.3f}"),
@@ -216,9 +211,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _metric_name(runs: Sequence[dict[str, Any]], key: str) -> str:
-    found = next(
-        run["scores"]["scores"][key] for run in runs if key in ((run["scores"] or {}).get("scores") or {})
-    )
+    found = next(run["scores"]["scores"][key] for run in runs if key in ((run["scores"] or {}).get("scores") or {}))
     return found["name"]
 
 
@@ -226,9 +219,7 @@ def _score(run: dict[str, Any], key: str) -> str:
     found = ((run["scores"] or {}).get("scores") or {}).get(key)
     if found is None:
         return "–"
-    interval = (
-        f" (95% interval {found['mean']:.2f} ± {found['ci95']:.2f})" if found.get("ci95") is not None else ""
-    )
+    interval = f" (95% interval {found['mean']:.2f} ± {found['ci95']:.2f})" if found.get("ci95") is not None else ""
     return f"{found['score']:.2f}{interval}"
 
 
@@ -257,9 +248,7 @@ def _flops(run: dict[str, Any]) -> str:
 
 def _experts(run: dict[str, Any]) -> str:
     checkpoint = (run["analysis"] or {}).get("checkpoint") or {}
-    return (
-        f"{checkpoint['num_experts']} x {checkpoint['expert_dim']}" if checkpoint.get("num_experts") else "–"
-    )
+    return f"{checkpoint['num_experts']} x {checkpoint['expert_dim']}" if checkpoint.get("num_experts") else "–"
 
 
 def _signatures(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -279,11 +268,7 @@ def configuration(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         settings = {}
         for group in _CONFIG_GROUPS:
             part = config.get(group)
-            settings |= (
-                {f"{group}.{key}": str(value) for key, value in part.items()}
-                if isinstance(part, dict)
-                else {}
-            )
+            settings |= {f"{group}.{key}": str(value) for key, value in part.items()} if isinstance(part, dict) else {}
         flat.append(settings)
     keys = sorted({key for settings in flat for key in settings})
     rows = [[key, *(settings.get(key, "–") for settings in flat)] for key in keys]
@@ -297,16 +282,14 @@ def configuration(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _benchmarks(path: str | None) -> list[dict[str, Any]]:
+    """Timed rows of a result file of benchmarks/ that also say what they compute."""
     if path is None:
         return []
-    records = files.read_json(path).get("records")
-    if not isinstance(records, list) or not all(
-        {"name", "flops", "seconds"} <= set(record) for record in records
-    ):
-        raise ValueError(
-            f'{path}: expected {{"records": [{{"name": ..., "flops": ..., "seconds": ...}}, ...]}}'
-        )
-    return records
+    rows = files.read_json(path).get("rows") or []
+    timed = [row for row in rows if row.get("flops") is not None and row.get("ms") is not None]
+    if not timed:
+        raise ValueError(f"{path}: no row has both flops (relative to the dense FFN) and ms; is it of benchmarks/?")
+    return timed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -326,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--output", required=True, metavar="FILE", help="the HTML page to write")
     add("--title", metavar="TEXT", help="heading of the page (default: the names of the runs)")
-    add("--benchmarks", metavar="JSON", help="records with name, flops, seconds: wall time against FLOPs")
+    add("--benchmarks", metavar="JSON", help="result of benchmarks/ with flops and ms a row: wall time against FLOPs")
     return parser
 
 

@@ -15,6 +15,7 @@ import torch
 from tabulate import tabulate
 
 from eval import files
+from eval.score import format_table
 from eval.training_log import Record, last_figures, read_records
 
 _LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
@@ -56,9 +57,7 @@ def training_figures(records: Sequence[Record]) -> dict[str, Any]:
     train, valid = last_figures(records, "train"), last_figures(records, "valid")
     if not train:
         raise ValueError("the training log holds no figures; was it written with common.log_format=json?")
-    losses = [
-        record.figures["loss"] for record in records if record.kind == "valid" and "loss" in record.figures
-    ]
+    losses = [record.figures["loss"] for record in records if record.kind == "valid" and "loss" in record.figures]
     return {
         "updates": int(train["num_updates"]),
         "epochs": int(train["epoch"]),
@@ -121,15 +120,15 @@ def versions() -> dict[str, str]:
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """The content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
     score = files.read_json(args.score)
-    commit = (
-        Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
-    )
+    commit = Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
     training = training_figures(read_records(args.training_log))
     return {
         "pair": args.pair,
         "seed": args.seed,
         "commit": commit or None,
         "config_file": args.config,
+        "target_language": score["target_language"],
+        "test_set": score["test_set"],
         "scores": score["scores"],
         "hypotheses": score["hypotheses"],
         "references": score["references"],
@@ -153,19 +152,9 @@ def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
     return rows[::step][:count]
 
 
-def score_table(report: dict[str, Any]) -> str:
-    """Markdown table of the scores with their signatures."""
-    rows = [[s["name"], f"{s['score']:.2f}", f"`{s['signature']}`"] for s in report["scores"].values()]
-    return tabulate(
-        rows, ["metric", "score", "sacreBLEU signature"], tablefmt="github", disable_numparse=True
-    )
-
-
 def routing_table(report: dict[str, Any]) -> str:
     """Markdown table of the routing per layer, from the last validation, or else the last training epoch."""
-    routing = (
-        report["routing"]["valid"] if report["routing"]["valid"]["layers"] else report["routing"]["train"]
-    )
+    routing = report["routing"]["valid"] if report["routing"]["valid"]["layers"] else report["routing"]["train"]
     if not routing["layers"]:
         return "No MoE layer: every token goes through one dense feed-forward network."
     rows = {**routing["layers"], "all layers": routing["overall"]}
@@ -186,7 +175,7 @@ def summary(report: dict[str, Any], num_samples: int) -> str:
         f"source       {source}\nreference    {reference}\ntranslation  {hypothesis}"
         for source, reference, hypothesis in samples(report, num_samples)
     ]
-    parts = ["## Scores", score_table(report), "## Translations", "```", "\n\n".join(shown), "```"]
+    parts = ["## Scores", format_table(report), "## Translations", "```", "\n\n".join(shown), "```"]
     return "\n\n".join([*parts, "## Routing", routing_table(report)]) + "\n"
 
 
@@ -195,6 +184,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     training, generation = report["training"], report["generation"]
     length = f"{training['updates']} updates, {training['epochs']} epochs, {_cell(training['seconds'])} s"
     facts = {
+        "test set": report["test_set"] or "not named",
         "model": f"{report['config']['model']['_name']}, {report['num_parameters']:,} parameters",
         "configuration": f"{report['config_file']} (resolved: `config` in scores.json)",
         "seed": report["seed"],

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import sacrebleu
+from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.base import Metric
 from tabulate import tabulate
 
@@ -72,6 +74,7 @@ def score_corpus(
 
 def _score_one(metric: Metric, hypotheses: list[str], bootstrap: int) -> MetricScore:
     signature = str(metric.get_signature())  # before the resampling adds its own fields
+    _make_resamples_alike(metric)
     result = metric.corpus_score(hypotheses, references=None, n_bootstrap=bootstrap)
     if not bootstrap:
         return MetricScore(result.name, result.score, signature)
@@ -80,18 +83,28 @@ def _score_one(metric: Metric, hypotheses: list[str], bootstrap: int) -> MetricS
     return MetricScore(result.name, result.score, signature, mean, ci95, str(metric.get_signature()))
 
 
-def score_files(
-    hypotheses: str, references: Sequence[str], *, target_language: str, **options: Any
-) -> dict[str, Any]:
+def _make_resamples_alike(metric: Metric) -> None:
+    """sacreBLEU's chrF and TER of a resample are float32, but float where nothing matches; it cannot average both."""
+    compute = metric._compute_score_from_stats
+
+    def in_float32(stats: Any) -> Any:
+        result = compute(stats)
+        if isinstance(stats, np.ndarray):  # a resample; the corpus itself has a list
+            result.score = np.float32(result.score)
+        return result
+
+    if not isinstance(metric, BLEU):
+        metric._compute_score_from_stats = in_float32
+
+
+def score_files(hypotheses: str, references: Sequence[str], *, target_language: str, **options: Any) -> dict[str, Any]:
     """Score files and return the content of ``--json`` (schema: eval/README.md).
 
     ``options`` are those of `score_corpus`. Raises: as `files.read_lines` and `score_corpus`.
     """
     hypothesis_lines = files.read_lines(hypotheses)
     reference_lines = [files.read_lines(path) for path in references]
-    metrics.check_parallel(
-        {hypotheses: hypothesis_lines, **dict(zip(references, reference_lines, strict=True))}
-    )
+    metrics.check_parallel({hypotheses: hypothesis_lines, **dict(zip(references, reference_lines, strict=True))})
     empty = metrics.check_not_empty(hypotheses, hypothesis_lines)
     if empty:
         print(f"score: warning: {empty} of {len(hypothesis_lines)} hypotheses are empty", file=sys.stderr)
@@ -113,9 +126,7 @@ def format_table(report: dict[str, Any]) -> str:
     rows = [[score["name"], f"{score['score']:.2f}", _interval(score)] for score in scores]
     headers = ["metric", "score", "bootstrap mean ± 95% CI"]
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    signatures = [
-        f"- {score['name']}: `{score['bootstrap_signature'] or score['signature']}`" for score in scores
-    ]
+    signatures = [f"- {score['name']}: `{score['bootstrap_signature'] or score['signature']}`" for score in scores]
     return "\n".join([table, "", *signatures])
 
 
@@ -143,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="resamples for confidence intervals; 0: none (default 1000)",
     )
     add("--seed", type=int, metavar="S", help="seed of the resampling (default: SACREBLEU_SEED, else 12345)")
-    add(
-        "--test-set", metavar="NAME", help="what the references are, e.g. flores200.devtest; kept in the JSON"
-    )
+    add("--test-set", metavar="NAME", help="what the references are, e.g. flores200.devtest; kept in the JSON")
     add("--json", metavar="OUT", help="write all unrounded figures to this file")
     return parser
 

@@ -75,9 +75,7 @@ class Page:
     def __init__(self, translator: Translator, *, requests_per_minute: int = 60) -> None:
         self.translator = translator
         model = translator.models[0]
-        self.loaded = Loaded(
-            translator.config.paths[0], model, translator.task, None, None, translator.device
-        )
+        self.loaded = Loaded(translator.config.paths[0], model, translator.task, None, None, translator.device)
         self.configs = [layer.config for layer in moe_layers(model).values()]
         self.rate = RateLimit(requests_per_minute)
         self._busy = threading.Lock()
@@ -96,7 +94,8 @@ class Page:
         first = self.configs[0] if self.configs else None
         description = "A dense model: no token chooses an expert."
         if first:
-            description = f"{len(self.configs)} MoE layers, router {first.router}, {first.num_experts} experts of {first.expert_dim}."
+            experts = f"{first.num_experts} experts of {first.expert_dim}"
+            description = f"{len(self.configs)} MoE layers, router {first.router}, {experts} hidden units."
         environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True)
         return environment.get_template("serve.html.j2").render(
             title=f"{config.source_lang}-{config.target_lang}: try the model",
@@ -124,9 +123,7 @@ class Page:
                 HTTPStatus.TOO_MANY_REQUESTS, f"more than {self.rate.count} requests a minute; wait a little"
             )
         if not self._busy.acquire(timeout=WAIT_SECONDS):
-            raise RequestError(
-                HTTPStatus.SERVICE_UNAVAILABLE, "the model is busy with other sentences; try again"
-            )
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the model is busy with other sentences; try again")
         try:
             with passes.routing_settings(self.loaded.model, **settings):
                 return self._translate(text, settings)
@@ -216,9 +213,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.path != "/translate":
             raise RequestError(HTTPStatus.NOT_FOUND, "POST goes to /translate")
-        if (
-            self.headers.get_content_type() != "application/json"
-        ):  # a foreign page cannot send this without asking
+        if self.headers.get_content_type() != "application/json":  # a foreign page cannot send this without asking
             raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
@@ -255,12 +250,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: HTTPStatus, kind: str, content: bytes, nonce: str) -> None:
         self.send_response(status)
-        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+        policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:"
         for name, value in {
             "Content-Type": kind,
             "Content-Length": str(len(content)),
             "Content-Security-Policy": policy
-            + "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            + "; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-store",

@@ -55,8 +55,6 @@ def _halve(word: str, limit: int, count: Callable[[str], int]) -> list[str]:
     if count(word) <= limit:
         return [word]
     if len(word) == 1:
-        raise ValueError(
-            f"{word!r} alone needs {count(word)} tokens, the limit is {limit}; raise --max-length"
-        )
+        raise ValueError(f"{word!r} alone needs {count(word)} tokens, the limit is {limit}; raise --max-length")
     middle = len(word) // 2
     return _halve(word[:middle], limit, count) + _halve(word[middle:], limit, count)

@@ -74,14 +74,10 @@ def _check_report(paper: dict[str, Any], path: str, report: dict[str, Any]) -> N
     for metric in _METRICS:
         score = report.get("scores", {}).get(metric, {})
         if not isinstance(score.get("score"), float) or "signature" not in score:
-            raise ValueError(
-                f"{path}: has no {metric} score with its signature; make it with eval.score --json"
-            )
+            raise ValueError(f"{path}: has no {metric} score with its signature; make it with eval.score --json")
         settings, expected = score["signature"].rpartition("|version:")[0], paper["signatures"][metric]
         if settings != expected:
-            raise ValueError(
-                f"{path}: {metric} was made with {settings}, the paper's is {expected}; score it again"
-            )
+            raise ValueError(f"{path}: {metric} was made with {settings}, the paper's is {expected}; score it again")
 
 
 def _version(signature: str) -> str:
@@ -143,9 +139,7 @@ def build_notes(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> lis
         if not _is_comparable(paper, pair, cell)
     ]
     if other:
-        notes.append(
-            f"{_OTHER_TEST_SET} not the paper's test set, so not comparable with it: {', '.join(other)}."
-        )
+        notes.append(f"{_OTHER_TEST_SET} not the paper's test set, so not comparable with it: {', '.join(other)}.")
     missing = {
         method["id"]: [pair for pair in paper["pairs"] if pair not in cells.get(method["id"], {})]
         for method in paper["methods"]

@@ -20,9 +20,7 @@ from tqdm import tqdm
 # "[2026-01-31 12:00:00,000][valid][INFO] - {...}" from fairseq-hydra-train, "... | valid | {...}" from
 # fairseq-train. train_inner is written every log interval, the others when an epoch or a validation ends.
 _RECORD = re.compile(r'\b(train_inner|train|valid\w*|test\w*)(?: \| |\]\[INFO\] - )(\{"epoch".*\})\s*$')
-_MESSAGE = re.compile(
-    r"^(?:\[?\d{4}-\d\d-\d\d |Traceback |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):|\S+: \w*Warning: )"
-)
+_MESSAGE = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d |Traceback |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):|\S+: \w*Warning: )")
 _LOUD = re.compile(r"Traceback |\b(?:WARNING|ERROR|CRITICAL)\b")
 _MAX_UPDATE = re.compile(r"'max_update': (\d+)")
 _SHOWN = {
@@ -156,17 +154,13 @@ class Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.training_log", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--log", required=True, metavar="FILE", help="append every line of standard input to this file"
-    )
+    parser.add_argument("--log", required=True, metavar="FILE", help="append every line of standard input to this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C ends the training; its last words still belong in the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the training; its last words still belong in the log
     progress = Progress()
     with open(args.log, "a", encoding="utf-8") as log:
         for line in sys.stdin:

@@ -67,8 +67,7 @@ def translate_lines(
         tqdm(total=len(lines), unit="line", disable=not progress) as bar,
     ):
         jobs = {
-            pool.submit(_work, config, [lines[i] for i in block], [i + 1 for i in block]): block
-            for block in blocks
+            pool.submit(_work, config, [lines[i] for i in block], [i + 1 for i in block]): block for block in blocks
         }
         try:
             for job in as_completed(jobs):
@@ -131,9 +130,7 @@ def parse_overrides(text: str) -> dict[str, Any]:
     except (ValueError, SyntaxError):
         overrides = None
     if not isinstance(overrides, dict):
-        raise ValueError(
-            f"--model-overrides {text!r}: expected a dictionary such as \"{{'moe_threshold': 0.7}}\""
-        )
+        raise ValueError(f"--model-overrides {text!r}: expected a dictionary such as \"{{'moe_threshold': 0.7}}\"")
     return overrides
 
 

@@ -90,9 +90,7 @@ class TranslatorConfig:
         for language in (self.source_lang, self.target_lang):
             if language not in known:
                 found = ", ".join(known) or "none; is it a folder of fairseq-preprocess?"
-                raise ValueError(
-                    f"language {language!r}: {self.data} has no dict.{language}.txt; it has {found}"
-                )
+                raise ValueError(f"language {language!r}: {self.data} has no dict.{language}.txt; it has {found}")
 
 
 @dataclass(frozen=True)
@@ -214,9 +212,7 @@ class Translator:
         if max_tokens is None and self.config.batch_size is None:
             max_tokens = _DEFAULT_MAX_TOKENS
         if max_tokens is not None and lengths.max() > max_tokens:
-            raise ValueError(
-                f"max_tokens ({max_tokens}) must be at least the longest source, {lengths.max()}"
-            )
+            raise ValueError(f"max_tokens ({max_tokens}) must be at least the longest source, {lengths.max()}")
         return data_utils.batch_by_size(
             order,
             num_tokens_fn=lambda index: int(lengths[index]),
@@ -342,8 +338,7 @@ def _load_models(config: TranslatorConfig, task: Any) -> list[torch.nn.Module]:
     )  # None where fairseq-train found them by itself
     if None not in trained and trained != (config.source_lang, config.target_lang):
         raise ValueError(
-            f"{', '.join(paths)}: trained for {'-'.join(trained)}, "
-            f"asked for {config.source_lang}-{config.target_lang}"
+            f"{', '.join(paths)}: trained for {'-'.join(trained)}, asked for {config.source_lang}-{config.target_lang}"
         )
     return models
 

@@ -11,7 +11,7 @@ the scores, five translations beside source and reference, and the experts that 
   --pair SRC-en     SRC is uk (default), de, ru, he or zh
   --method NAME     a file of train_configs/demo/ (default: xmoe); --help lists them below
   --compare         every method at a short budget, and one table
-  --max-update N    updates of the training (default: the YAML's; with --compare 600)
+  --max-update N    updates of the training, without averaging (default: the YAML's; with --compare 600)
   --seed N          seed of the corpus and of the training (default: 1)
   --out DIR         where everything goes (default: runs/demo/SRC-en at the project's root)
   --device NAME     cpu, cuda or auto (default: auto)
@@ -75,13 +75,16 @@ after_setup=$SECONDS
 use_environment
 cd "$root"
 run python -m data_prep.phrases --pair "$pair" --out "$out/raw" --seed "$seed"
+[[ -z $compare ]] || max_update=${max_update:-600}
+budget=()
+# A short training may leave fewer checkpoints than the default of run_pair.sh averages.
+[[ -z $max_update ]] || budget=(--set "optimization.max_update=$max_update" --average best:1)
 if [[ -n $compare ]]; then
-    budget=(--set "optimization.max_update=${max_update:-600}")
     read -ra methods <<<"$(list_methods)"
     for name in "${methods[@]}"; do train_and_score "$name" "${budget[@]}"; done
     run python -m eval.run_table "${methods[@]/#/$out/}"
 else
-    train_and_score "$method" ${max_update:+--set "optimization.max_update=$max_update"}
+    train_and_score "$method" ${budget[@]+"${budget[@]}"}
     run sed '/^## Run$/,$d' "$out/$method/report.md"
 fi
 log "done in $((SECONDS - start)) s, of which set-up $((after_setup - start)) s; see $out"

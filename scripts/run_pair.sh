@@ -11,6 +11,9 @@ Ends with DIR/report.md, DIR/scores.json and the translations in DIR/translation
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
   --set KEY=VALUE         change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
   --seed N                seed of the training (default: 1)
+  --data-bin DIR          take the data of data_prep/binarise.sh --out DIR, whose test split is that of --test, and
+  --subword-model DIR     the subwords they were made with; leaves out subwords, encode, binarise, --train, --valid
+  --test-set NAME         what the test set is, kept in scores.json, e.g. wmt22 (default: the last part of its PREFIX)
   --subwords TOOL         sentencepiece (default) or subword-nmt; BPE learned on both languages together
   --vocab-size N          subwords (default: 8000; for subword-nmt: merges)
   --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss
@@ -18,7 +21,9 @@ Ends with DIR/report.md, DIR/scores.json and the translations in DIR/translation
   --lenpen X              length penalty of the translation (default: 1.0)
   --model-overrides TEXT  passed to fairseq-generate, e.g. "{'moe_threshold': 0.7}"
   --max-tokens N          tokens in one batch of the translation (default: 4096)
-  --device NAME           cpu, cuda or auto (default: auto; several GPUs are used if CUDA_VISIBLE_DEVICES shows them)
+  --device NAME           cpu, cuda or auto (default: auto; training uses all GPUs that CUDA_VISIBLE_DEVICES shows)
+  --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
+                          fairseq starts a process for each GPU by itself)
   --workers N             processes of binarising (default: the number of cores)
   --dry-run               print the commands, ready to be copied, and run nothing
   -h, --help              this text
@@ -34,8 +39,8 @@ TEXT
 
 pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
 tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096
-device=auto workers=$(nproc)
-overrides=()
+device=auto workers=$(nproc) prepared_data='' subword_model='' test_set=''
+overrides=() launcher=()
 
 while (($#)); do
     case $1 in
@@ -61,14 +66,23 @@ while (($#)); do
     --max-tokens) max_tokens=$2 ;;
     --device) device=$2 ;;
     --workers) workers=$2 ;;
+    --data-bin) prepared_data=$2 ;;
+    --subword-model) subword_model=$2 ;;
+    --test-set) test_set=$2 ;;
+    --launcher) read -ra launcher <<<"$2" ;;
     *) die "unknown argument $1; see --help" 2 ;;
     esac
     shift 2
 done
 
 check_arguments() {
-    local name override
-    for name in pair train valid test out; do
+    local name override needed=(pair train valid test out)
+    if [[ -n $prepared_data$subword_model ]]; then
+        [[ -n $prepared_data && -n $subword_model ]] || die '--data-bin and --subword-model go together' 2
+        [[ -z $train$valid ]] || die '--data-bin brings the training data; leave out --train and --valid' 2
+        needed=(pair test out)
+    fi
+    for name in "${needed[@]}"; do
         [[ -n ${!name} ]] || die "--$name is missing; see --help" 2
     done
     need_pair "$pair"
@@ -93,6 +107,7 @@ check_arguments() {
 find_device() {
     local has_cuda=''
     [[ $device != cpu ]] || return 0
+    [[ $device == auto || -z $dry_run ]] || return 0 # printed for the machine that will run it
     if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then has_cuda=yes; fi
     [[ $device != cuda || -n $has_cuda ]] || die "--device cuda: torch sees no GPU; use --device cpu or auto" 2
     device=$([[ -n $has_cuda ]] && echo cuda || echo cpu)
@@ -100,16 +115,20 @@ find_device() {
 
 check_arguments
 source_language=${pair%-*} target_language=${pair#*-}
-for name in train valid test out config; do printf -v "$name" '%s' "$(absolute "${!name}")"; done
+for name in train valid test out config prepared_data subword_model; do
+    [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
+done
+test_set=${test_set:-$(basename "$test")}
 use_environment
 find_device
 
 user_dir=$root/xmoe_fairseq
-subwords=$out/subwords encoded=$out/encoded data_bin=$out/data-bin checkpoints=$out/checkpoints
-translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
+subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${prepared_data:-$out/data-bin}
+checkpoints=$out/checkpoints translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
+raw_prefixes=(${train:+"$train"} ${valid:+"$valid"} "$test")
 raw_files=() encoded_files=() data_bin_files=()
 for language in "$source_language" "$target_language"; do
-    raw_files+=("$train.$language" "$valid.$language" "$test.$language")
+    raw_files+=("${raw_prefixes[@]/%/.$language}")
     encoded_files+=("$encoded"/{train,valid,test}."$language")
     data_bin_files+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid,test}."$pair.$language".{bin,idx})
 done
@@ -125,7 +144,7 @@ results=("$out/report.md" "$out/scores.json")
 # shellcheck disable=SC2034
 stages=(validate subwords encode binarise train average generate detokenise score report)
 
-validate() { run python -m data_prep.validate --pair "$pair" "$train" "$valid" "$test"; }
+validate() { run python -m data_prep.validate --pair "$pair" "${raw_prefixes[@]}"; }
 
 learn_subwords() {
     run rm -rf "$subwords"
@@ -155,7 +174,8 @@ binarise() {
 clean_train() { rm -rf "$checkpoints" "$training_log" "$out/hydra"; }
 
 train_model() {
-    local command=(fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)"
+    local command=(${launcher[@]+"${launcher[@]}"}
+        fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)"
         ++task.data="$data_bin" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
         ++checkpoint.save_dir="$checkpoints" ++common.user_dir="$user_dir" ++common.seed="$seed"
         ++common.log_format=json "${device_settings[@]+"${device_settings[@]}"}" hydra.run.dir="$out/hydra"
@@ -176,6 +196,7 @@ average_checkpoints() {
         --output "$averaged"
 }
 
+# fairseq-generate takes one of as many parts of the test set as it sees GPUs, hence the world size of 1.
 generate() {
     local num_lines=0
     run mkdir -p "$translations"
@@ -184,7 +205,7 @@ generate() {
         fairseq-generate "$data_bin" --user-dir "$user_dir" --path "$averaged" \
         --source-lang "$source_language" --target-lang "$target_language" --gen-subset test \
         --beam "$beam" --lenpen "$lenpen" --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
-        --model-overrides "$model_overrides" ${device_flags[@]+"${device_flags[@]}"}
+        --distributed-world-size 1 --model-overrides "$model_overrides" ${device_flags[@]+"${device_flags[@]}"}
 }
 
 # fairseq-generate writes the longest sentences first; H-NUMBER tells each one's place in the test set.
@@ -211,7 +232,8 @@ check_line_counts() { # check_line_counts HYPOTHESES REFERENCES
 
 score() {
     run python -m eval.score --hypotheses "$translations/test.$target_language" \
-        --references "$test.$target_language" --target-language "$target_language" --json "$out/score.json"
+        --references "$test.$target_language" --target-language "$target_language" \
+        --test-set "$test_set" --json "$out/score.json"
 }
 
 report() {
@@ -231,15 +253,17 @@ main() {
     fi
     cd "$root"
     stage validate validate "$pair" "${raw_files[@]}"
-    stage subwords learn_subwords "$tool $vocab_size" "$train.$source_language" "$train.$target_language"
-    stage encode encode "$pair" "${raw_files[@]}" "$subwords/dict.txt"
-    stage binarise binarise "$pair" "${encoded_files[@]}" "$subwords/dict.txt"
+    if [[ -z $prepared_data ]]; then
+        stage subwords learn_subwords "$tool $vocab_size" "$train.$source_language" "$train.$target_language"
+        stage encode encode "$pair" "${raw_files[@]}" "$subwords/dict.txt"
+        stage binarise binarise "$pair" "${encoded_files[@]}" "$subwords/dict.txt"
+    fi
     stage train train_model "seed $seed device $device ${overrides[*]-}" "$config" "${data_bin_files[@]}"
     stage average average_checkpoints "$average" "$checkpoints/checkpoint_last.pt"
     stage generate generate "beam $beam lenpen $lenpen batch $max_tokens device $device $model_overrides" \
         "$averaged" "${data_bin_files[@]}"
     stage detokenise detokenise "$pair" "$translations/generate.txt"
-    stage score score "$target_language" "$translations/test.$target_language" "$test.$target_language"
+    stage score score "$target_language $test_set" "$translations/test.$target_language" "$test.$target_language"
     stage report report "$pair $seed" "$out/score.json" "$training_log" "$translations/generate.txt"
     [[ -n $dry_run ]] || log "done: $out/report.md, $out/scores.json"
 }

@@ -75,7 +75,7 @@ def capacity_of(gamma: float | None, num_real: int, num_experts: int, min_capaci
 
 
 def serve(choices: list[Choice], score_TE: list[list[float]], capacity: int | None) -> set[tuple[int, int]]:
-    """Algorithm 1: one global queue by priority p - i, that is by (rank, -p), then token; each expert has room for C."""
+    """Algorithm 1: one queue by priority p - i, that is by (rank, -p), then token; each expert has room for C."""
     queue = [
         (rank, -score_TE[token][expert], token, expert)
         for token, chosen in enumerate(choices)

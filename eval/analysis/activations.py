@@ -86,9 +86,7 @@ class InsideLayers:
     def _keep_probe(self, name: str, x_TD: Tensor, plan: RoutingPlan) -> None:
         if name not in self.probe and plan.token_index_A.numel():
             tokens = plan.token_index_A.unique()
-            picked = torch.linspace(
-                0, tokens.numel() - 1, min(PROBE_TOKENS, tokens.numel()), device=tokens.device
-            )
+            picked = torch.linspace(0, tokens.numel() - 1, min(PROBE_TOKENS, tokens.numel()), device=tokens.device)
             self.probe[name] = x_TD.index_select(0, tokens[picked.round().long()]).detach().clone()
 
     def positive_share(self, name: str) -> dict[str, Any] | None:
@@ -105,9 +103,7 @@ class InsideLayers:
         router = getattr(gate, "weight", None)
         return {
             "outputs": output_cosine(layer, self.probe[name]) if name in self.probe else None,
-            "router_rows": None
-            if router is None
-            else rounded(_cosine(router.detach()[: layer.config.num_experts])),
+            "router_rows": None if router is None else rounded(_cosine(router.detach()[: layer.config.num_experts])),
         }
 
 

@@ -54,17 +54,11 @@ def binarised(loaded: Loaded, split: str) -> Corpus:
 def from_lines(loaded: Loaded, source: Sequence[str], target: Sequence[str] | None) -> Corpus:
     """Lines of subwords, separated by spaces, as a translation dataset (target None: sources alone)."""
     if target is not None and len(source) != len(target):
-        raise ValueError(
-            f"{len(source)} source lines, {len(target)} target lines; line n must be the same sentence"
-        )
+        raise ValueError(f"{len(source)} source lines, {len(target)} target lines; line n must be the same sentence")
     task = loaded.task
     sides = []
     for lines, dictionary in ((source, task.source_dictionary), (target, task.target_dictionary)):
-        ids = (
-            None
-            if lines is None
-            else [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
-        )
+        ids = None if lines is None else [dictionary.encode_line(line, add_if_not_exist=False).long() for line in lines]
         sides.append(ids)
     source_ids, target_ids = sides
     dataset = LanguagePairDataset(

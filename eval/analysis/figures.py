@@ -6,7 +6,7 @@ A run is a dictionary: ``name``, ``analysis`` (the JSON, or None) and ``scores``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "pentagon")
 _TABLE_ROWS = 14
+_MOST_LAYERED = 2  # more runs than that in one chart show the mean of their layers
 Run = dict[str, Any]
 
 
@@ -77,7 +78,8 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
                 traces.append(_line(_name(runs, run, kind), curve["updates"], values, number, dash=dash))
     return _figure(
         "learning", "Learning curves",
-        "Cross entropy in bits per token, without label smoothing where the log has it. Dotted: training; solid: validation.",
+        "Cross entropy in bits per token, without label smoothing where the log has it. Dotted: training; solid: "
+        "validation.",
         traces, "update", "bits per token",
     )  # fmt: skip
 
@@ -88,16 +90,16 @@ def experts_over_training(runs: Sequence[Run]) -> Figure:
     for number, run in enumerate(runs):
         analysis = run["analysis"] or {}
         curves = (analysis.get("history") or {}).get("layers") or {}
+        if curves and len(runs) > _MOST_LAYERED:
+            train = analysis["history"]["train"]
+            traces.append(_line(run["name"], train["updates"], train["moe_wanted"], number))
+            continue
         for place, (label, curve) in enumerate(curves.items()):
             colour = number if len(runs) > 1 else place
             dash = DASHES[place % len(DASHES)] if len(runs) > 1 else "solid"
             if curve.get("wanted"):
-                traces.append(
-                    _line(_name(runs, run, label), curve["updates"], curve["wanted"], colour, dash=dash)
-                )
-        points = [
-            point for point in analysis.get("checkpoints") or [] if point["num_updates"] and point["layers"]
-        ]
+                traces.append(_line(_name(runs, run, label), curve["updates"], curve["wanted"], colour, dash=dash))
+        points = [point for point in analysis.get("checkpoints") or [] if point["num_updates"] and point["layers"]]
         for place, label in enumerate(points[0]["layers"] if len(points) > 1 else []):
             found = sorted((point["num_updates"], point["layers"][label]["wanted"]) for point in points)
             colour = number if len(runs) > 1 else place
@@ -105,7 +107,7 @@ def experts_over_training(runs: Sequence[Run]) -> Figure:
             traces.append(_line(_name(runs, run, f"{label}, checkpoints"), x, y, colour, mode="markers"))
     return _figure(
         "experts-over-training", "Experts a token asks for, while training goes on (Fig 5 of the paper)",
-        "Experts that a token needs to reach the threshold, before capacity, per layer. It falls as the router grows "
+        "Experts that a token needs to reach the threshold, before capacity. It falls as the router grows "
         "sure; it stays flat for routers that always take k.",
         traces, "update", "experts wanted per token",
     )  # fmt: skip
@@ -114,7 +116,8 @@ def experts_over_training(runs: Sequence[Run]) -> Figure:
 def experts_per_layer(runs: Sequence[Run]) -> Figure:
     return _per_layer(
         runs, "experts-per-layer", "Experts a token used on the test set", "used", "experts per token",
-        "Experts that really computed a token, on average. Nothing is dropped at inference unless an eval capacity was set.",
+        "Experts that really computed a token, on average. Nothing is dropped at inference unless an eval capacity "
+        "was set.",
     )  # fmt: skip
 
 
@@ -180,14 +183,17 @@ def dropped_by_capacity(runs: Sequence[Run]) -> Figure:
     traces = []
     for number, run in enumerate(runs):
         points = [p for p in _sweep(run, "capacity") if p["eval_capacity_factor"] is not None]
+        x = [point["eval_capacity_factor"] for point in points]
+        if points and len(runs) > _MOST_LAYERED:
+            traces.append(_line(run["name"], x, [point["dropped"] for point in points], number))
+            continue
         for place, label in enumerate(points[0]["layers"] if points else []):
-            x = [point["eval_capacity_factor"] for point in points]
             y = [point["layers"][label]["dropped"] for point in points]
             dash = DASHES[place % len(DASHES)] if len(runs) > 1 else "solid"
             traces.append(_line(_name(runs, run, label), x, y, number if len(runs) > 1 else place, dash=dash))
     return _figure(
         "dropped", "Token-expert pairs dropped at each capacity",
-        "Share of the pairs that tokens asked for and the experts had no room for, per layer.",
+        "Share of the pairs that tokens asked for and the experts had no room for.",
         traces, "eval capacity factor", "share dropped",
     )  # fmt: skip
 
@@ -224,9 +230,7 @@ def threshold_trained(runs: Sequence[Run]) -> Figure:
     for run in runs:
         analysis = run["analysis"] or {}
         if (analysis.get("checkpoint") or {}).get("threshold") is not None:
-            points.append(
-                (analysis["checkpoint"]["threshold"], analysis["quality"]["loss_bits"], run["name"])
-            )
+            points.append((analysis["checkpoint"]["threshold"], analysis["quality"]["loss_bits"], run["name"]))
         for point in analysis.get("checkpoints") or []:
             if point["threshold"] is not None:
                 points.append((point["threshold"], point["loss_bits"], point["path"].rsplit("/", 1)[-1]))
@@ -241,16 +245,27 @@ def threshold_trained(runs: Sequence[Run]) -> Figure:
     )  # fmt: skip
 
 
-def speed_figure(benchmarks: Iterable[dict[str, Any]]) -> Figure:
-    """The paper's Fig 8. ``benchmarks``: records with ``name``, ``flops`` (relative to dense) and ``seconds`` per batch."""
-    traces = [
-        _line(str(record["name"]), [record["flops"]], [1000 * record["seconds"]], number, mode="markers")
-        for number, record in enumerate(benchmarks)
-    ]
+def speed_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """The paper's Fig 8. ``rows``: of a benchmark, with ``flops`` (relative to dense), ``ms`` and what was timed."""
+    named: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        parts = [str(row[name]) for name in ("method", "mode", "tokens") if name in row]
+        named.setdefault(", ".join(parts) or "layer", []).append(row)
+    traces = []
+    for number, (name, found) in enumerate(named.items()):
+        found = sorted(found, key=lambda row: row["flops"])
+        x, y = [row["flops"] for row in found], [row["ms"] for row in found]
+        text = [str(row.get("case", "")) for row in found]
+        traces.append(_line(name, x, y, number, mode="lines+markers", text=text))
+    caption = "Median times measured by benchmarks/. Equal FLOPs do not mean equal time: moving rows costs some too."
     return _figure(
-        "speed", "Wall time per batch against FLOPs (Fig 8 of the paper)",
-        "Measured by benchmarks/; equal FLOPs do not mean equal time.", traces, "FLOPs / dense FLOPs", "ms per batch",
-    )  # fmt: skip
+        "speed",
+        "Wall time per batch against FLOPs (Fig 8 of the paper)",
+        caption,
+        traces,
+        "FLOPs / dense FLOPs",
+        "ms per batch",
+    )
 
 
 def load_heatmap(run: Run) -> Figure:
@@ -260,10 +275,7 @@ def load_heatmap(run: Run) -> Figure:
     for layer in layers.values():
         even = max(sum(layer["rows"]) / layer["num_experts"], 1e-9)
         share = [rows / even for rows in layer["rows"]]
-        z.append(
-            [max(-3.0, math.log2(value)) if value else -3.0 for value in share]
-            + [None] * (width - len(share))
-        )
+        z.append([max(-3.0, math.log2(value)) if value else -3.0 for value in share] + [None] * (width - len(share)))
         text.append([_load_text(value, e) for e, value in enumerate(share)] + [""] * (width - len(share)))
     trace = _heatmap(
         [str(e) for e in range(width)],
@@ -284,13 +296,19 @@ def load_heatmap(run: Run) -> Figure:
     }
     figure = _figure(
         "load", "Load of each expert, relative to an even share",
-        "0 is an even share, 1 twice as much, -1 half of it; ✕ marks dead experts, which no token of the test set reached.",
+        "0 is an even share, 1 twice as much, -1 half of it; ✕ marks dead experts, which no token reached.",
         [trace], "expert", "",
     )  # fmt: skip
     figure.layout["xaxis"]["type"] = figure.layout["yaxis"]["type"] = "category"
-    figure.headers = ["layer", "experts", "used per token", "load variation", "entropy (nats)", "unserved tokens", "dead", "nearly idle"]  # fmt: skip
+    shown = {
+        "used": "used per token",
+        "load_cv_total": "load variation",
+        "entropy": "entropy (nats)",
+        "unserved": "unserved",
+    }
+    figure.headers = ["layer", "experts", *shown.values(), "dead", "nearly idle"]
     figure.rows = [
-        [label, str(layer["num_experts"]), *(_number(layer[name]) for name in ("used", "load_cv_total", "entropy", "unserved")),
+        [label, str(layer["num_experts"]), *(_number(layer[name]) for name in shown),
          _list_of(layer["dead_experts"]), _list_of(layer["nearly_idle_experts"])]
         for label, layer in layers.items()
     ]  # fmt: skip
@@ -310,8 +328,13 @@ def experts_histogram(run: Run) -> Figure:
 
 
 def by_kind(run: Run) -> Figure:
-    return _by_group(run, "kind", "By kind of subword", "kind of subword",
-                     "Experts a token took, by what its subword is. The decoder's first token (the end mark) counts as special.")  # fmt: skip
+    return _by_group(
+        run,
+        "kind",
+        "By kind of subword",
+        "kind of subword",
+        "Experts a token took, by what its subword is. Start and end of a sentence are special.",
+    )
 
 
 def by_frequency(run: Run) -> Figure:
@@ -328,9 +351,7 @@ def _by_group(run: Run, group: str, title: str, axis: str, caption: str) -> Figu
     traces = []
     for place, (label, layer) in enumerate(layers_of(run).items()):
         found = layer["groups"][group]
-        pairs = [
-            (n, v) for n, v in zip(found["names"], found["experts_per_token"], strict=True) if v is not None
-        ]
+        pairs = [(n, v) for n, v in zip(found["names"], found["experts_per_token"], strict=True) if v is not None]
         if pairs:
             names, values = (list(column) for column in zip(*pairs, strict=True))
             traces.append(_line(label, names, values, place))
@@ -341,7 +362,7 @@ def _by_group(run: Run, group: str, title: str, axis: str, caption: str) -> Figu
 
 
 def specialisation(run: Run) -> Figure:
-    """Which experts serve which kind of subword: share of the kind's rows, relative to the expert's share of all rows."""
+    """Which experts serve which kind of subword: share of the kind's rows over the expert's share of all rows."""
     choices = {}
     for label, layer in layers_of(run).items():
         found = layer["groups"]["kind"]
@@ -363,8 +384,9 @@ def specialisation(run: Run) -> Figure:
             "log2 of the ratio",
         )
     return _choosable("specialisation", "What the experts specialise in",
-                      "How much more often (above 0) or less often (below 0) an expert serves a kind of subword than its load "
-                      "would make one expect; 1 is twice as often. Empty: never.", choices, "expert", "")  # fmt: skip
+                      "How much more often (above 0) or less often (below 0) an expert serves a kind of subword "
+                      "than its load would make one expect; 1 is twice as often. Empty: never.",
+                      choices, "expert", "")  # fmt: skip
 
 
 def similarity(run: Run) -> Figure:
@@ -377,8 +399,9 @@ def similarity(run: Run) -> Figure:
                 experts = [str(e) for e in range(len(matrices[key]))]
                 choices[f"{label}: {name}"] = _heatmap(experts, experts, matrices[key], "load", -1, 1, "")
     return _choosable("similarity", "Similarity of the experts",
-                      "Cosine of two experts' outputs on the same tokens, cosine of their rows in the router, and how often the "
-                      "same token takes both (taken together / taken at all).", choices, "expert", "expert")  # fmt: skip
+                      "Cosine of two experts' outputs on the same tokens, cosine of their rows in the router, and how "
+                      "often the same token takes both (taken together / taken at all).",
+                      choices, "expert", "expert")  # fmt: skip
 
 
 def agreement(run: Run) -> Figure:
@@ -386,12 +409,11 @@ def agreement(run: Run) -> Figure:
     names = {"first_choice": "first choices", "experts_used": "number of experts"}
     for side, found in ((run["analysis"] or {}).get("agreement") or {}).items():
         for key, name in names.items():
-            choices[f"{side}: {name}"] = _heatmap(
-                found["layers"], found["layers"], found[key], "load", -1, 1, ""
-            )
+            choices[f"{side}: {name}"] = _heatmap(found["layers"], found["layers"], found[key], "load", -1, 1, "")
     return _choosable("agreement", "Do the layers route alike?",
-                      "First choices: normalised mutual information of the likeliest experts (0 independent, 1 the same up to "
-                      "names). Number of experts: correlation over tokens.", choices, "layer", "layer")  # fmt: skip
+                      "First choices: normalised mutual information of the likeliest experts (0 independent, "
+                      "1 the same up to names). Number of experts: correlation over tokens.",
+                      choices, "layer", "layer")  # fmt: skip
 
 
 def _sweep(run: Run, name: str) -> list[dict[str, Any]]:
@@ -431,7 +453,9 @@ def _name(runs: Sequence[Run], run: Run, text: str) -> str:
     return text if len(runs) == 1 else f"{run['name']}, {text}"
 
 
-def _line(name: str, x: list[Any], y: list[Any], number: int, *, dash: str = "solid", mode: str = "", text: Any = None) -> dict[str, Any]:  # fmt: skip
+def _line(
+    name: str, x: list[Any], y: list[Any], number: int, *, dash: str = "solid", mode: str = "", text: Any = None
+) -> dict[str, Any]:
     colour, symbol = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     trace = {
         "type": "scatter",
@@ -476,9 +500,7 @@ def _figure(key: str, title: str, caption: str, traces: list[dict[str, Any]], x:
     return Figure(key, title, caption, traces, layout, headers, rows)
 
 
-def _choosable(
-    key: str, title: str, caption: str, choices: dict[str, dict[str, Any]], x: str, y: str
-) -> Figure:
+def _choosable(key: str, title: str, caption: str, choices: dict[str, dict[str, Any]], x: str, y: str) -> Figure:
     """A heatmap with a menu: the first choice is shown, the page offers the others."""
     figure = _figure(key, title, caption, list(choices.values())[:1], x, y)
     figure.layout |= {
@@ -507,8 +529,7 @@ def table_of(traces: list[dict[str, Any]], x: str) -> tuple[list[str], list[list
         keys = [keys[round(i * step)] for i in range(_TABLE_ROWS)]
     columns = [dict(zip(trace["x"], trace["y"], strict=True)) for trace in traces]
     rows = [
-        [_number(key) if isinstance(key, float) else str(key), *(_number(c.get(key)) for c in columns)]
-        for key in keys
+        [_number(key) if isinstance(key, float) else str(key), *(_number(c.get(key)) for c in columns)] for key in keys
     ]
     return [x, *(trace["name"] for trace in traces)], rows
 

@@ -40,9 +40,7 @@ def read_history(path: str) -> dict[str, Any]:
     train = inner or [record for record in records if record.kind == "train"]
     valid = [record for record in records if record.kind == "valid"]
     if not train and not valid:
-        raise ValueError(
-            f"{path}: holds no figures; train with common.log_format=json (flag --log-format json)"
-        )
+        raise ValueError(f"{path}: holds no figures; train with common.log_format=json (flag --log-format json)")
     nan = [r.num_updates for r in train + valid if not math.isfinite(r.figures.get("loss", 0.0))]
     return {
         "train": _curves(_thin(train), _CURVES),
@@ -69,9 +67,7 @@ def _layer_curves(records: Sequence[Record]) -> dict[str, dict[str, list[float |
     for key in keys:
         side, index, figure = _LAYER_KEY.fullmatch(key).groups()
         if figure in _LAYER_CURVES:
-            curves = layers.setdefault(
-                f"{side} {index}", {"updates": [record.num_updates for record in records]}
-            )
+            curves = layers.setdefault(f"{side} {index}", {"updates": [record.num_updates for record in records]})
             curves[figure] = [record.figures.get(key) for record in records]
     order = sorted(layers, key=lambda label: (label.split()[0] != "encoder", int(label.split()[1])))
     return {label: layers[label] for label in order}

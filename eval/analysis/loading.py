@@ -57,9 +57,7 @@ def load(
     """
     for name, place in (("checkpoint", Path(path)), ("data", Path(data))):
         if not place.exists():
-            raise FileNotFoundError(
-                f"{name}: no such file or folder: {path if name == 'checkpoint' else data}"
-            )
+            raise FileNotFoundError(f"{name}: no such file or folder: {path if name == 'checkpoint' else data}")
     if user_dir is not None:
         utils.import_user_module(Namespace(user_dir=user_dir))
     try:

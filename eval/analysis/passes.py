@@ -106,12 +106,8 @@ class Observation:
             side: tokens.vocabulary(_dictionary(loaded, side), count)
             for side, count in count_tokens(loaded, corpus).items()
         }
-        self.sums = {
-            name: LayerSums(layer.config.num_experts, loaded.device) for name, layer in self.layers.items()
-        }
-        self.of_side = {
-            side: [name for name in self.layers if self._side(name) == side] for side in self.tables
-        }
+        self.sums = {name: LayerSums(layer.config.num_experts, loaded.device) for name, layer in self.layers.items()}
+        self.of_side = {side: [name for name in self.layers if self._side(name) == side] for side in self.tables}
         self.agreement = {
             side: AgreementSums([self.layers[name].config.num_experts for name in names], loaded.device)
             for side, names in self.of_side.items()
@@ -183,9 +179,7 @@ def observe(loaded: Loaded, corpus: Corpus, *, max_tokens: int, progress: bool =
     start = time.perf_counter()
     observation = Observation(loaded, corpus)
     batches = corpus.batches(corpus.indices, max_tokens)
-    inside = set(
-        np.linspace(0, len(batches) - 1, min(INSIDE_BATCHES, len(batches))).round().astype(int).tolist()
-    )
+    inside = set(np.linspace(0, len(batches) - 1, min(INSIDE_BATCHES, len(batches))).round().astype(int).tolist())
     with tqdm(total=len(corpus.indices), unit="sentence", desc="routing", disable=not progress) as bar:
         for number, sample in enumerate(corpus.samples(batches, loaded.device)):
             observation.add(sample, look_inside=number in inside)

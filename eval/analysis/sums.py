@@ -101,7 +101,7 @@ class LayerSums:
         }
 
     def _typical_tokens(self, table: tokens.Vocabulary, number: int = 6) -> list[list[Any]]:
-        """Per expert the frequent tokens it serves most beyond its even share: [token, its rows, share of the token]."""
+        """Per expert the frequent tokens it serves most beyond its share: [token, rows, share of the token]."""
         rows = self.rows_GE["token"][: len(table.common_ids)].double()
         share = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1)
         usual = (rows.sum(dim=0) / rows.sum().clamp(min=1)).clamp(min=1e-12)
@@ -150,7 +150,7 @@ class AgreementSums:
             table += torch.bincount(key, minlength=table.numel()).view_as(table)
 
     def figures(self, names: list[str]) -> dict[str, Any]:
-        """``first_choice``: normalised mutual information; ``experts_used``: correlation over tokens (None: constant)."""
+        """``first_choice``: normalised mutual information; ``experts_used``: correlation (None: constant)."""
         size = len(names)
         first = [[1.0 if i == j else 0.0 for j in range(size)] for i in range(size)]
         for (i, j), table in self.joint.items():
@@ -160,9 +160,7 @@ class AgreementSums:
         spread = covariance.diagonal().clamp(min=0).sqrt()
         used = [
             [
-                None
-                if float(spread[i] * spread[j]) < 1e-9
-                else float(covariance[i, j] / (spread[i] * spread[j]))
+                None if float(spread[i] * spread[j]) < 1e-9 else float(covariance[i, j] / (spread[i] * spread[j]))
                 for j in range(size)
             ]
             for i in range(size)
@@ -171,7 +169,7 @@ class AgreementSums:
 
 
 def normalised_mutual_information(joint: Tensor) -> float | None:
-    """Mutual information of a table of counts over the mean of its two entropies, in [0, 1]; None if one is constant."""
+    """Mutual information of a table of counts over the mean of its entropies, in [0, 1]; None if one is 0."""
     p = joint / joint.sum().clamp(min=1)
     rows, columns = p.sum(dim=1), p.sum(dim=0)
     entropies = [float(-torch.special.xlogy(q, q).sum()) for q in (rows, columns)]

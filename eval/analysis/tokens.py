@@ -47,9 +47,7 @@ def vocabulary(dictionary: Any, count_V: Tensor) -> Vocabulary:
     marked = any(symbol.startswith(_START_MARK) for symbol in symbols)
     kinds = [_kind(symbol, marked, i < dictionary.nspecial) for i, symbol in enumerate(symbols)]
     # 1-3 -> 0, 4-15 -> 1, ...: half the number of binary digits
-    bands = [
-        min(max((int(count).bit_length() - 1) // 2, 0), len(FREQUENCIES) - 1) for count in count_V.tolist()
-    ]
+    bands = [min(max((int(count).bit_length() - 1) // 2, 0), len(FREQUENCIES) - 1) for count in count_V.tolist()]
     order = torch.argsort(count_V, descending=True, stable=True)[:NUM_COMMON]
     order = order[count_V[order] > 0]
     common = torch.full_like(count_V, NUM_COMMON)

@@ -29,9 +29,7 @@ class Search:
         self.bpe = load_subwords(subwords, loaded.task.cfg.source_lang, loaded.task.cfg.target_lang)
         self.generator = loaded.task.build_generator([loaded.model], GenerationConfig(beam=beam))
 
-    def translate(
-        self, corpus: Corpus, indices: np.ndarray
-    ) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+    def translate(self, corpus: Corpus, indices: np.ndarray) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
         """Translate some sentences.
 
         Returns:
@@ -46,9 +44,7 @@ class Search:
                 hypotheses = task.inference_step(self.generator, [self.loaded.model], sample)
             add_plans(sums, plans)
             for index, nbest in zip(sample["id"].tolist(), hypotheses, strict=True):
-                pieces = task.target_dictionary.string(
-                    nbest[0]["tokens"].cpu(), extra_symbols_to_ignore=strip
-                )
+                pieces = task.target_dictionary.string(nbest[0]["tokens"].cpu(), extra_symbols_to_ignore=strip)
                 text = self.bpe.decode(pieces)
                 found[index] = {"pieces": pieces, "text": text, "score": float(nbest[0]["score"])}
         return found, summed_figures(sums)
@@ -59,9 +55,7 @@ class Search:
         return {int(i): self.bpe.decode(dictionary.string(corpus.dataset[int(i)]["target"])) for i in indices}
 
 
-def scores(
-    translations: dict[int, dict[str, Any]], references: dict[int, str], language: str
-) -> dict[str, float]:
+def scores(translations: dict[int, dict[str, Any]], references: dict[int, str], language: str) -> dict[str, float]:
     """BLEU and chrF2++ of the translated sentences; empty where every translation is empty."""
     order = sorted(translations)
     hypotheses = [translations[i]["text"] for i in order]
@@ -83,8 +77,8 @@ def routing_of(
         source, target: subwords, separated by spaces.
     Returns:
         per sentence, in order: ``source`` and ``target`` tokens as the stacks see them (the decoder's first is the end
-        mark), and ``routing``: layer label -> per token ``[n, expert, weight, expert, weight, ...]``, heaviest first, n the
-        experts that computed it, at most ``MAX_EXPERTS_SHOWN`` listed. Too long sentences are left out (None).
+        mark), and ``routing``: layer label -> per token ``[n, expert, weight, expert, weight, ...]``, heaviest first,
+        n the experts that computed it, at most ``MAX_EXPERTS_SHOWN`` listed. Too long sentences are left out (None).
     """
     corpus = from_lines(loaded, source, target)
     result: list[Any] = [None] * len(source)
@@ -95,18 +89,14 @@ def routing_of(
         sides = {"encoder": (inputs["src_tokens"], loaded.task.source_dictionary)}
         sides["decoder"] = (inputs["prev_output_tokens"], loaded.task.target_dictionary)
         assigned = {
-            short_label(name): token_experts(layer_plans[0])
-            for name, layer_plans in plans.items()
-            if layer_plans
+            short_label(name): token_experts(layer_plans[0]) for name, layer_plans in plans.items() if layer_plans
         }
         for row, index in enumerate(sample["id"].tolist()):
             result[index] = _sentence(row, sides, assigned)
     return result
 
 
-def _sentence(
-    row: int, sides: dict[str, tuple[Tensor, Any]], assigned: dict[str, list[list[float]]]
-) -> dict[str, Any]:
+def _sentence(row: int, sides: dict[str, tuple[Tensor, Any]], assigned: dict[str, list[list[float]]]) -> dict[str, Any]:
     symbols, columns = {}, {}
     for side, (ids_BT, dictionary) in sides.items():
         real = ids_BT[row].ne(dictionary.pad()).nonzero().flatten().tolist()
@@ -117,7 +107,7 @@ def _sentence(
 
 
 def token_experts(plan: RoutingPlan) -> list[list[float]]:
-    """Per row of the flattened batch ``[n, expert, weight, ...]``, heaviest first (equal weights: lower expert first)."""
+    """Per row of the flattened batch ``[n, expert, weight, ...]``, heaviest first (ties: lower expert first)."""
     pairs: list[list[tuple[float, int]]] = [[] for _ in range(plan.num_tokens)]
     columns = (plan.token_index_A.tolist(), plan.expert_index_A.tolist(), plan.weight_A.tolist())
     for token, expert, weight in zip(*columns, strict=True):

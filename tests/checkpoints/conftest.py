@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-
-import xmoe_fairseq  # noqa: F401  registers the architectures
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+import xmoe_fairseq  # noqa: F401  registers the architectures
 
 SIZES = {
     f"{side}_{name}": value

@@ -9,7 +9,7 @@ SETTINGS = {"moe_num_experts": 4, "moe_expert_dim": 6}
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """Three checkpoints of one run, at updates 10, 20, 30 with losses 5, 2.5, 1.67, and fairseq's copies of the last."""
+    """Three checkpoints of one run, at updates 10, 20, 30 with falling losses, and fairseq's copies of the last."""
     for seed in (1, 2, 3):
         save_checkpoint(tiny.state("xmoe_transformer_tiny", seed, **SETTINGS), tmp_path / f"checkpoint{seed}.pt")
     for name in ("best", "last"):

@@ -34,7 +34,7 @@ def test_what_was_saved_comes_back_bit_for_bit(path, moe_state):
 def test_a_cut_file_is_called_truncated(path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(TruncatedCheckpointError, match="nothing was written|was cut off"):
+    with pytest.raises(TruncatedCheckpointError, match=r"nothing was written|was cut off"):
         load_checkpoint(path)
 
 
@@ -44,7 +44,7 @@ def test_a_flipped_bit_in_a_tensor_is_called_corrupt(path, moe_state):
     place = whole.index(weights) + len(weights) // 2
     whole[place] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(CorruptCheckpointError, match="checksum of a record does not agree.*--fallback"):
+    with pytest.raises(CorruptCheckpointError, match=r"checksum of a record does not agree.*--fallback"):
         load_checkpoint(path)
 
 
@@ -52,7 +52,7 @@ def test_no_flipped_bit_changes_what_is_loaded(path, moe_state):
     # in padding between records and in dates a flip is harmless; everywhere else it must be seen
     whole = path.read_bytes()
     chance = random.Random(1)
-    for _ in range(150):
+    for _ in range(60):
         place = len(whole) - 1 - chance.randrange(20000)
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << chance.randrange(8))]) + whole[place + 1 :])
         try:
@@ -117,7 +117,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, moe_state
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
 
     monkeypatch.setattr(files.torch, "save", full_disk)
-    with pytest.raises(OSError, match="could not be written.*is the disk full"):
+    with pytest.raises(OSError, match=r"could not be written.*is the disk full"):
         save_checkpoint(moe_state, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]

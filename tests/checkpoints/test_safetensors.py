@@ -48,7 +48,7 @@ def test_damage_is_told_apart(moe_state, tmp_path):
     tensors, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CorruptCheckpointError, match="sha256 is not that of config.json"):
+    with pytest.raises(CorruptCheckpointError, match=r"sha256 is not that of config.json"):
         import_safetensors(tmp_path)
     tensors.write_bytes(whole)
     facts = json.loads(config.read_text())
@@ -61,5 +61,5 @@ def test_damage_is_told_apart(moe_state, tmp_path):
         import_safetensors(tmp_path)
     tensors.unlink()
     config.unlink()
-    with pytest.raises(CheckpointError, match="config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
         import_safetensors(tmp_path)

@@ -24,9 +24,7 @@ FIGURES = ("wanted", "used", "dropped", "load_cv", "entropy", "balance", "flops"
 
 
 def criterion(weight: float = 0.5, sentence_avg: bool = False, smoothing: float = 0.1) -> Any:
-    return LabelSmoothedLoadBalanceCriterion(
-        TASK, weight, sentence_avg=sentence_avg, label_smoothing=smoothing
-    )
+    return LabelSmoothedLoadBalanceCriterion(TASK, weight, sentence_avg=sentence_avg, label_smoothing=smoothing)
 
 
 def batch(lengths: list[int], seed: int = 0) -> dict[str, Any]:
@@ -126,7 +124,10 @@ def test_figures_are_logged_per_layer_and_overall() -> None:
             assert f"{label}_{figure}" in shown
     assert shown["moe_dropped"] > 0
     assert shown["moe_used"] < shown["moe_wanted"]
-    tokens = {side: (given["net_input"][name] != 1).sum() for side, name in zip(SIDES, ("src_tokens", "prev_output_tokens"), strict=True)}
+    tokens = {
+        side: (given["net_input"][name] != 1).sum()
+        for side, name in zip(SIDES, ("src_tokens", "prev_output_tokens"), strict=True)
+    }
     mean = sum(tokens[side] * shown[f"{side}_wanted"] for side in SIDES) / sum(tokens.values())
     assert shown["moe_wanted"] == pytest.approx(float(mean), abs=2e-3)  # shown with three digits
 

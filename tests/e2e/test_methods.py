@@ -1,10 +1,13 @@
 """Every architecture through the stock commands: train, save, load, generate; and what a user may change."""
 
+import json
 import re
+import subprocess
 
 import pytest
 import torch
 
+from eval import sweep
 from tests.e2e import stock
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
@@ -75,21 +78,54 @@ def test_threshold_and_top_k_run_each_others_checkpoints(pairs, tmp_path):
     def override(**settings):
         return "--model-overrides", repr({f"moe_{name}": value for name, value in settings.items()})
 
-    for checkpoint in (by_threshold, by_top_k):
-        first_only = stock.generate(pairs, checkpoint, *override(router="threshold", threshold=0.0))
-        one = stock.generate(pairs, checkpoint, *override(router="top_k", top_k=1))
-        everything = stock.generate(pairs, checkpoint, *override(router="threshold", threshold=1.0))
-        assert_same(one, first_only)
-        assert_same(stock.generate(pairs, checkpoint, *override(router="top_k", top_k=8)), everything)
-        assert one != everything
+    one = stock.generate(pairs, by_threshold, *override(router="top_k", top_k=1))
+    assert_same(one, stock.generate(pairs, by_threshold, *override(threshold=0.0)))
+    everything = stock.generate(pairs, by_top_k, *override(router="threshold", threshold=1.0))
+    assert_same(everything, stock.generate(pairs, by_top_k, *override(top_k=8)))
+    assert one != everything
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("arch", ["dense_xmoe_transformer_tiny", "dense_xmoe_transformer_tiny_lm"])
+def test_dense_as_xmoe_trades_flops_for_quality(arch, pairs, text, tmp_path, capsys):
+    data = text if arch.endswith("_lm") else pairs
+    checkpoint = stock.train(data, arch, tmp_path)
+    arguments = [str(data), "--path", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "sweep")]
+    assert sweep.main([*arguments, "--threshold", "0", "0.5", "1"]) == 0
+    points = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["points"]
+    assert [point["experts_per_token"] for point in points][::2] == [1.0, 8.0]
+    assert [point["moe_flops"] for point in points][::2] == [0.125, 1.0]
+    assert 0.125 < points[1]["moe_flops"] < 1.0
+    assert len({point["nll"] for point in points}) == 3
+    assert sweep.main([*arguments, "--eval-capacity-factor", "none", "1"]) == 0
+    whole, capped = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["points"]
+    assert (whole["nll"], whole["dropped"]) == (points[2]["nll"], 0.0)
+    assert capped["moe_flops"] < 0.2
+    assert capped["dropped"] > 0.8
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
+    assert sweep.main([*arguments, "--model-overrides", "{'moe_router': 'switch'}", "--threshold", "0.5"]) == 1
+    assert "--threshold has no effect on moe_router switch" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+def test_any_text_becomes_data_of_a_language_model(tmp_path):
+    for split, count in (("train", 40), ("valid", 6), ("test", 7)):
+        lines = "\n\n".join(source for source, _ in stock.made_up_pairs(count, seed=count))
+        (tmp_path / split).write_text(lines + "\n", encoding="utf-8")
+    files = [part for split in ("train", "valid", "test") for part in (f"--{split}", tmp_path / split)]
+    script = ["bash", stock.ROOT / "data_prep" / "wikitext103.sh", "--out", tmp_path / "out", "--workers", "1"]
+    subprocess.run([*script, *files, "--merges", "5"], check=True, capture_output=True)
+    assert len((tmp_path / "out" / "text" / "train").read_text(encoding="utf-8").splitlines()) == 40
+    assert stock.train(tmp_path / "out" / "bin", "xmoe_transformer_tiny_lm", tmp_path / "saved").is_file()
+    failed = subprocess.run([*script, "--train", tmp_path / "none"], check=False, capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert "give all three or none" in failed.stderr
 
 
 @pytest.mark.e2e
 def test_a_router_from_outside_the_package(pairs, tmp_path):
     own = stock.ROOT / "tests" / "e2e" / "own_router"
-    checkpoint = stock.train(
-        *(pairs, "xmoe_transformer_tiny", tmp_path, "--moe-router", "above_average"), user_dir=own
-    )
+    checkpoint = stock.train(*(pairs, "xmoe_transformer_tiny", tmp_path, "--moe-router", "above_average"), user_dir=own)
     assert_same(
         stock.generate(pairs, checkpoint, user_dir=own),
         stock.generate(pairs, checkpoint, "--batch-size", 1, user_dir=own),
@@ -112,7 +148,11 @@ def test_a_router_from_outside_the_package(pairs, tmp_path):
         ("meo_transformer_tiny", "--moe-capacity-factor 2", "moe_merge_experts .* moe_capacity_factor .2.0. .*none"),
         ("meo_transformer_tiny", "--moe-router base", "moe_merge_experts .* moe_router base; set moe_router top_k"),
         ("xmoe_transformer_tiny", "--moe-token-adapter", "moe_token_adapter needs moe_merge_experts"),
-        ("hash_transformer_tiny", "--moe-router-noise gumbel", "moe_router_noise gumbel .* hash.*moe_router_noise none"),
+        (
+            "hash_transformer_tiny",
+            "--moe-router-noise gumbel",
+            "moe_router_noise gumbel .* hash.*moe_router_noise none",
+        ),
         ("xmoe_transformer_tiny", "--moe-threshold 1.5", "moe_threshold .1.5. .*0, 1"),
         ("xmoe_transformer_tiny", "--moe-capacity-factor 0", "moe_capacity_factor .0.0. .*> 0"),
         ("xmoe_transformer_tiny", "--moe-interval 0", "moe_interval .0."),
@@ -131,7 +171,7 @@ def test_bad_combinations_name_both_flags_and_the_way_out(arch, flags, words, pa
 @pytest.mark.e2e
 def test_a_misspelt_setting_is_refused(pairs, tmp_path):
     checkpoint = stock.train(pairs, "xmoe_transformer_tiny", tmp_path)
-    with pytest.raises(ValueError, match="moe_treshold; the moe_. settings are .*moe_threshold"):
+    with pytest.raises(ValueError, match=r"moe_treshold; the moe_\* settings are .*moe_threshold"):
         stock.generate(pairs, checkpoint, "--model-overrides", "{'moe_treshold': 0.5}")
 
 
@@ -140,9 +180,7 @@ def test_a_misspelt_setting_is_refused(pairs, tmp_path):
 def test_adamoe_trained_with_its_loss_alone_reaches_the_balanced_load(num_experts, num_null, top_k):
     torch.manual_seed(0)
     layer = MoELayer(
-        MoEConfig(
-            *(16, num_experts, 4), router="adamoe", top_k=top_k, num_null_experts=num_null, capacity_factor=None
-        )
+        MoEConfig(*(16, num_experts, 4), router="adamoe", top_k=top_k, num_null_experts=num_null, capacity_factor=None)
     )
     with torch.no_grad():
         layer.router.weight[:num_experts] += 0.2  # an uneven start

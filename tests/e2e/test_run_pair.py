@@ -77,9 +77,7 @@ class Pipeline:
         self.folder, self.out = folder, folder / "out"
 
     def command(self, *arguments: str) -> list[str]:
-        prefixes = [
-            text for split in ("train", "valid", "test") for text in (f"--{split}", f"{self.folder}/{split}")
-        ]
+        prefixes = [text for split in ("train", "valid", "test") for text in (f"--{split}", f"{self.folder}/{split}")]
         fixed = [
             "--pair",
             "uk-en",
@@ -118,9 +116,7 @@ class Pipeline:
         """Exit code, standard error and the stages that ran."""
         process = self.start(*arguments)
         errors = process.communicate()[1]
-        ran = [
-            name for name in STAGES if f"run_pair: {name}: start" in errors or f" {name}: restart" in errors
-        ]
+        ran = [name for name in STAGES if f"run_pair: {name}: start" in errors or f" {name}: restart" in errors]
         return process.returncode, errors, ran
 
     def scores(self) -> dict:

@@ -17,9 +17,10 @@ FIGURES = {
     "moe_encoder3_used": 1.25,
     "moe_encoder11_used": 1.5,
 }
+NO_BOOTSTRAP = {"mean": None, "ci95": None, "bootstrap_signature": None}
 SCORES = {
-    "bleu": {"name": "BLEU", "score": 61.234, "signature": "nrefs:1|tok:13a"},
-    "chrf++": {"name": "chrF2++", "score": 70.0, "signature": "nrefs:1|nw:2"},
+    "bleu": {"name": "BLEU", "score": 61.234, "signature": "nrefs:1|tok:13a"} | NO_BOOTSTRAP,
+    "chrf++": {"name": "chrF2++", "score": 70.0, "signature": "nrefs:1|nw:2"} | NO_BOOTSTRAP,
 }
 
 
@@ -43,11 +44,11 @@ def pieces(tmp_path):
         + log_line("train", **(FIGURES | {"wps": 1234.5, "wall": 60.0, "num_updates": 30}))
         + log_line("valid", **(FIGURES | {"num_updates": 30}))
     )
-    (tmp_path / "generate.log").write_text(
-        "INFO: Translated 2 sentences (1,000 tokens) in 4.0s (0.50 sentences/s)\n"
-    )
+    (tmp_path / "generate.log").write_text("INFO: Translated 2 sentences (1,000 tokens) in 4.0s (0.50 sentences/s)\n")
     score = {
         "scores": SCORES,
+        "target_language": "en",
+        "test_set": "flores200",
         "hypotheses": {"path": str(tmp_path / "hypotheses"), "lines": 2},
         "references": [{"path": str(tmp_path / "test.en"), "lines": 2}],
     }
@@ -76,6 +77,7 @@ def test_scores_json_holds_every_figure_of_the_run(pieces):
     assert run_report.main(arguments) == 0
     report = json.loads((folder / "scores.json").read_text())
     assert report["scores"] == SCORES
+    assert (report["target_language"], report["test_set"]) == ("en", "flores200")
     assert (report["seed"], report["commit"], report["num_parameters"]) == (1, "abc123", 6)
     assert report["config"] == {"model": {"_name": "xmoe_transformer_tiny"}}
     assert report["training"]["updates"] == 30
@@ -90,7 +92,7 @@ def test_report_shows_scores_samples_and_routing(pieces):
     run_report.main(arguments)
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert "source       два\nreference    two\ntranslation  three" in text
-    assert "`nrefs:1|tok:13a`" in text
+    assert "- BLEU: `nrefs:1|tok:13a`" in text.splitlines(), "its bars would break a table"
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "encoder 11", "1.500", "", ""] in cells
     assert ["", "all layers", "1.750", "0.875", ""] in cells

@@ -57,9 +57,7 @@ def scored(tmp_path, *arguments: str) -> dict:
 @pytest.mark.parametrize("name", metrics.METRICS)
 def test_score_signature_and_interval_equal_sacrebleu_cli(tmp_path, texts, name):
     hypotheses, *references = texts
-    want = sacrebleu_cli(
-        *references, "-i", hypotheses, *CLI_METRICS[name], "--confidence", "--confidence-n", "50"
-    )
+    want = sacrebleu_cli(*references, "-i", hypotheses, *CLI_METRICS[name], "--confidence", "--confidence-n", "50")
     found = scored(
         tmp_path, "--hypotheses", hypotheses, "--references", *references, "--target-language", "en",
         "--metrics", name, "--bootstrap", "50",
@@ -99,9 +97,7 @@ def test_the_seed_decides_the_interval_and_leaves_the_environment_alone(tmp_path
     assert "SACREBLEU_SEED" not in metrics.os.environ
 
 
-@pytest.mark.parametrize(
-    ("language", "tokenizer"), [("zh", "zh"), ("zho_Hans", "zh"), ("uk", "13a"), ("en", "13a")]
-)
+@pytest.mark.parametrize(("language", "tokenizer"), [("zh", "zh"), ("zho_Hans", "zh"), ("uk", "13a"), ("en", "13a")])
 def test_bleu_takes_the_tokenizer_of_the_language(language, tokenizer):
     scores = score.score_corpus(["他来了。"], [["他来了。"]], target_language=language, names=["bleu"])
     assert f"|tok:{tokenizer}|" in scores["bleu"].signature
@@ -125,9 +121,7 @@ def test_ter_counts_characters_of_chinese():
         (b"a\n", None, "en", "no such file"),
     ],
 )
-def test_bad_input_stops_before_anything_is_overwritten(
-    tmp_path, capsys, hypotheses, references, language, message
-):
+def test_bad_input_stops_before_anything_is_overwritten(tmp_path, capsys, hypotheses, references, language, message):
     (tmp_path / "hyp").write_bytes(hypotheses)
     if references is not None:
         (tmp_path / "ref").write_bytes(references)
@@ -143,6 +137,15 @@ def test_bad_input_stops_before_anything_is_overwritten(
     assert score.main([*map(str, line), "--target-language", language]) == 1
     assert message in capsys.readouterr().err
     assert (tmp_path / "out.json").read_text() == "older"
+
+
+def test_resamples_without_any_match_have_an_interval_too():
+    """The first checkpoints of a training repeat one character; sacreBLEU alone stops here with a TypeError."""
+    found = score.score_corpus(
+        ["yes it is so", ")))))", "))))"], [["yes it is so", "no", "not"]], target_language="en", bootstrap=50, seed=1
+    )
+    assert 0 < found["chrf++"].mean < 100
+    assert all(metric.ci95 > 0 for metric in found.values())
 
 
 def test_a_carriage_return_or_line_separator_does_not_make_a_line(tmp_path):

@@ -11,14 +11,8 @@ from eval import training_log
 from eval.training_log import last_figures, parse_line, read_records
 
 START = "[2026-01-31 12:00:00,000]"
-INNER = (
-    START
-    + '[train_inner][INFO] - {"epoch": 1, "update": 0.5, "loss": "9.5", "wps": "100", "num_updates": "10"}'
-)
-VALID = (
-    START
-    + '[valid][INFO] - {"epoch": 1, "valid_loss": "8.25", "valid_moe_used": "2.5", "valid_num_updates": "20"}'
-)
+INNER = START + '[train_inner][INFO] - {"epoch": 1, "update": 0.5, "loss": "9.5", "wps": "100", "num_updates": "10"}'
+VALID = START + '[valid][INFO] - {"epoch": 1, "valid_loss": "8.25", "valid_moe_used": "2.5", "valid_num_updates": "20"}'
 TRAIN = (
     "2026-01-31 12:00:00 | INFO | train | "
     '{"epoch": 1, "train_loss": "nan", "train_lr": null, "train_num_updates": "20"}'

@@ -45,7 +45,9 @@ def logits(model: Any, given: dict[str, Any]) -> Tensor:
 )
 def test_moe_layers_stand_where_the_settings_say(settings: dict[str, Any], expected: list[str]) -> None:
     model = tiny_model(**settings)
-    assert [name.removesuffix(".moe") for name, module in model.named_modules() if isinstance(module, MoELayer)] == expected
+    assert [
+        name.removesuffix(".moe") for name, module in model.named_modules() if isinstance(module, MoELayer)
+    ] == expected
     for name in expected:
         assert not [key for key in model.state_dict() if key.startswith((f"{name}.fc1", f"{name}.fc2"))]
 
@@ -105,7 +107,9 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(router: str) 
         torch.manual_seed(7)
         loss, _, logged = made(model, given)
         loss.backward()
-        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}, logged["moe_encoder_1/passes"]))
+        found.append(
+            (loss.detach(), {name: p.grad for name, p in model.named_parameters()}, logged["moe_encoder_1/passes"])
+        )
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
@@ -174,7 +178,10 @@ def test_hash_layers_have_different_hashes() -> None:
         ({"moe_interval": 0}, r"moe_interval \(0\) must be at least 1"),
         ({"moe_sides": "middle"}, r"moe_sides \('middle'\) must be encoder, decoder or both"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq .* set it to 0"),
-        ({"offload_activations": True}, "--offload-activations does not work with MoE layers; --checkpoint-activations does"),
+        (
+            {"offload_activations": True},
+            "--offload-activations does not work with MoE layers; --checkpoint-activations does",
+        ),
         ({"scale_fc": True}, "--scale-fc .* leave it out"),
         ({"activation_fn": "tanh"}, r"activation \('tanh'\) must be one of"),
     ],

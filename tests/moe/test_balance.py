@@ -14,7 +14,9 @@ def test_eq_7_by_hand() -> None:
     prob_TE = torch.tensor([[4, 2, 2], [1, 6, 1], [5, 2, 1], [8, 0, 0]]) / 8
     rank_TE = (-prob_TE).argsort(dim=1, stable=True).argsort(dim=1).int()
     # the first three tokens are real: first choices 0, 1, 0; mean probabilities 10/24, 10/24, 4/24
-    terms = first_choice_terms(prob_TE, rank_TE.masked_fill(torch.tensor([[0], [0], [0], [1]]).bool(), 99), torch.tensor([1, 1, 1, 0]).bool())
+    terms = first_choice_terms(
+        prob_TE, rank_TE.masked_fill(torch.tensor([[0], [0], [0], [1]]).bool(), 99), torch.tensor([1, 1, 1, 0]).bool()
+    )
     assert balance_loss(terms).item() == pytest.approx(3 * (2 / 3 * 10 / 24 + 1 / 3 * 10 / 24))
 
 

@@ -40,17 +40,35 @@ NAN, INF = float("nan"), float("inf")
         ({"router": "thresold"}, r"moe_router 'thresold' is not known; choose one of adamoe, base, hash, .*--user-dir"),
         ({"router": "top_k"}, "moe_router top_k needs moe_top_k"),
         ({"router": "adamoe"}, "moe_router adamoe needs moe_top_k"),
-        ({"router": "top_k", "top_k": 0}, r"moe_top_k \(0\) must be between 1 and .*moe_num_experts \(4\) \+ moe_null_experts \(0\)"),
+        (
+            {"router": "top_k", "top_k": 0},
+            r"moe_top_k \(0\) must be between 1 and .*moe_num_experts \(4\) \+ moe_null_experts \(0\)",
+        ),
         ({"router": "top_k", "top_k": 5}, r"moe_top_k \(5\) must be .*; lower moe_top_k or raise one of these"),
-        ({"router": "switch", "top_k": 2}, "moe_router switch takes one expert a token, moe_top_k is 2; .*set moe_router top_k"),
-        ({"num_null_experts": 2}, r"moe_null_experts \(2\) works with moe_router adamoe, not threshold; set moe_null_experts 0"),
+        (
+            {"router": "switch", "top_k": 2},
+            "moe_router switch takes one expert a token, moe_top_k is 2; .*set moe_router top_k",
+        ),
+        (
+            {"num_null_experts": 2},
+            r"moe_null_experts \(2\) works with moe_router adamoe, not threshold; set moe_null_experts 0",
+        ),
         ({"router_noise": "gumbel"}, "moe_router_noise gumbel works with .* not threshold; set moe_router_noise none"),
         ({"router": "hash", "router_noise": "gumbel"}, "moe_router_noise gumbel works with .* not hash"),
-        ({"router": "hash", "z_loss_weight": 0.1}, r"moe_z_loss_weight \(0.1\) has no effect with moe_router hash; set it to 0.0"),
+        (
+            {"router": "hash", "z_loss_weight": 0.1},
+            r"moe_z_loss_weight \(0.1\) has no effect with moe_router hash; set it to 0.0",
+        ),
         ({"router": "hash", "input_jitter": 0.1}, r"moe_input_jitter \(0.1\) has no effect with moe_router hash"),
-        ({"router": "hash", "normalize_weights": True}, r"moe_normalize_weights \(True\) has no effect with moe_router hash"),
+        (
+            {"router": "hash", "normalize_weights": True},
+            r"moe_normalize_weights \(True\) has no effect with moe_router hash",
+        ),
         ({"router": "base", "z_loss_weight": 0.1}, r"moe_z_loss_weight \(0.1\) has no effect with moe_router base"),
-        ({"router": "base", "normalize_weights": True}, r"moe_normalize_weights \(True\) has no effect with moe_router base"),
+        (
+            {"router": "base", "normalize_weights": True},
+            r"moe_normalize_weights \(True\) has no effect with moe_router base",
+        ),
         ({"token_adapter": True}, "moe_token_adapter needs moe_merge_experts"),
         ({"merge_experts": True, "router": "top_k", "capacity_factor": None}, "moe_merge_experts needs moe_top_k"),
         (

@@ -88,7 +88,10 @@ def test_relu_and_uneven_widths_equal_the_slow_layer() -> None:
 
 
 def test_what_the_grouped_gemm_cannot_do_is_refused_clearly() -> None:
-    for layer, x in ((tiny_layer(compute="grouped", expert_dim=7), tokens(9)), (tiny_layer(compute="grouped"), tokens(9).double())):
+    for layer, x in (
+        (tiny_layer(compute="grouped", expert_dim=7), tokens(9)),
+        (tiny_layer(compute="grouped"), tokens(9).double()),
+    ):
         with pytest.raises(ValueError, match=r"moe_compute grouped cannot multiply .* choose auto"):
             layer(x)
 
@@ -112,7 +115,9 @@ def test_only_padding_gives_zeros_and_no_gradient(case: str, compute: str) -> No
 @ALL_PATHS
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_values_at_padding_do_not_matter(case: str, compute: str, garbage: float) -> None:
-    layer = tiny_layer(case, compute=compute, shared_expert_dim=4, z_loss_weight=0.0 if case in ("hash", "base") else 0.1)
+    layer = tiny_layer(
+        case, compute=compute, shared_expert_dim=4, z_loss_weight=0.0 if case in ("hash", "base") else 0.1
+    )
     x, padding, ids = inputs(13, padded=(0, 6, 12))
     results = []
     for filler in (0.0, garbage):
@@ -194,7 +199,9 @@ def test_low_precision_is_near_float32(case: str, compute: str, mode: str) -> No
     dtype = torch.float16 if "float16" in mode.split() else torch.bfloat16
     if "layer" in mode:
         low = low.to(dtype)
-        layer.load_state_dict({name: value.float() for name, value in low.state_dict().items() if name != "router.seed"}, strict=False)
+        layer.load_state_dict(
+            {name: value.float() for name, value in low.state_dict().items() if name != "router.seed"}, strict=False
+        )
     y, plan = layer(x, None, ids)
     y.square().sum().backward()
     given = x if mode == "autocast" else x.to(dtype)
@@ -340,6 +347,18 @@ def test_plans_are_recorded_once_per_call_and_hooks_are_taken_off() -> None:
     with pytest.raises(RuntimeError, match="stop"), record_plans(model):
         raise RuntimeError("stop")
     assert not model["a"]._forward_hooks
+
+
+@ALL_ROUTERS
+def test_backward_hooks_on_every_module_as_fairseqs_search_for_a_nan_hangs_them(case: str) -> None:
+    layer = tiny_layer(case, shared_expert_dim=4)
+    seen = []
+    for module in layer.modules():
+        module.register_backward_hook(lambda module, *_: seen.append(type(module).__name__))
+    x, padding, ids = inputs(9)
+    y, plan = layer(x, padding, ids)
+    (y.sum() + plan.balance_loss).backward()
+    assert {"MoELayer", "Experts", "SharedExpert"} <= set(seen)
 
 
 def test_shared_expert_is_added_for_real_tokens() -> None:

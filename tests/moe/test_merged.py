@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer, SentenceContext, merged
+from xmoe_fairseq.moe.balance import SpreadTerms
 from xmoe_fairseq.moe.merged import merge, merge_flops, merged_layer_flops, reorder_cache
 
 D, F = 6, 10
@@ -16,9 +17,7 @@ D, F = 6, 10
 def build(num_experts=5, top_k=2, **settings):
     """A layer in inference mode whose gates are not at their zero start."""
     torch.manual_seed(0)
-    config = MoEConfig(
-        embed_dim=D, num_experts=num_experts, expert_dim=F, merge_experts=True, top_k=top_k, **settings
-    )
+    config = MoEConfig(embed_dim=D, num_experts=num_experts, expert_dim=F, merge_experts=True, top_k=top_k, **settings)
     layer = MoELayer(config).eval()
     for gate in (layer.gate1, layer.gate2):
         torch.nn.init.normal_(gate.weight)
@@ -67,9 +66,7 @@ def test_gradients_are_those_of_autograd_through_merged_matrices(top_k, monkeypa
     slow = torch.einsum("bti,be,eio->bto", x_BTD, weight_ME, layer.experts.w1)
     slow = slow + (weight_ME @ layer.experts.b1).unsqueeze(1)
     choice = layer.gate1(x_BTD.mean(dim=1))
-    fast = merged._MergedLinear.apply(
-        x_BTD, choice.gate_BK, choice.expert_BK, layer.experts.w1, layer.experts.b1
-    )
+    fast = merged.merged_linear(x_BTD, choice, layer.experts.w1, layer.experts.b1)
     torch.testing.assert_close(fast, slow)
     leaves, cotangent = [x_BTD, layer.gate1.weight, layer.experts.w1, layer.experts.b1], torch.randn_like(fast)
     got, want = (torch.autograd.grad(y, leaves, cotangent) for y in (fast, slow))
@@ -191,6 +188,17 @@ def test_balance_loss_counts_importance_and_load_of_both_gates():
     assert layer.gate2.weight.grad.any()
 
 
+def test_balance_loss_over_ranks_is_that_of_the_whole_batch():
+    amount_QE = torch.rand(2, 6, 4, requires_grad=True)  # per sentence; ranks have sentences 0-2 and 3-5
+    whole = SpreadTerms(amount_QE.sum(dim=1))
+    (want,) = torch.autograd.grad(whole.loss(), amount_QE)
+    ranks = [SpreadTerms(part.sum(dim=1)) for part in amount_QE.split(3, dim=1)]
+    summed = ranks[0].counts() + ranks[1].counts()
+    losses = [rank.with_counts(summed).loss() for rank in ranks]
+    torch.testing.assert_close(losses, [whole.loss()] * 2)
+    torch.testing.assert_close(torch.autograd.grad(sum(losses), amount_QE)[0], want)
+
+
 def test_noise_and_smooth_load_in_training_only():
     layer, x_TBD = build(num_experts=4, top_k=2), torch.randn(3, 200, D)
     assert torch.equal(layer(x_TBD)[0], layer(x_TBD)[0])
@@ -241,7 +249,9 @@ def test_an_update_never_holds_more_merged_matrices_than_a_chunk(monkeypatch):
 def test_merge_of_matrices_and_biases(top_k):
     bank, gate_BK = torch.randn(5, 3, 2), torch.rand(4, top_k)
     expert_BK = torch.stack([torch.randperm(5)[:top_k] for _ in range(4)])
-    want = torch.stack([sum(g * bank[e] for g, e in zip(*row, strict=True)) for row in zip(gate_BK, expert_BK, strict=True)])
+    want = torch.stack(
+        [sum(g * bank[e] for g, e in zip(*row, strict=True)) for row in zip(gate_BK, expert_BK, strict=True)]
+    )
     torch.testing.assert_close(merge(bank, gate_BK, expert_BK), want)
 
 

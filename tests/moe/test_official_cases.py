@@ -13,9 +13,7 @@ import torch
 from tests.moe.helpers import assert_near
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
-FOLDER = Path(
-    os.environ.get("XMOE_OFFICIAL_CASES", Path(__file__).parents[3] / "shared" / "data" / "official_cases")
-)
+FOLDER = Path(os.environ.get("XMOE_OFFICIAL_CASES", Path(__file__).parents[3] / "shared" / "data" / "official_cases"))
 CASES = sorted(path.stem for pattern in ("thr*", "top*") for path in FOLDER.glob(f"{pattern}.pt"))
 pytestmark = pytest.mark.skipif(not CASES, reason="no official cases; XMOE_OFFICIAL_CASES names their folder")
 

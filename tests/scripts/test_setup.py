@@ -39,9 +39,7 @@ def project(tmp_path):
         log.write_text("")
         variables = {name: value for name, value in os.environ.items() if not name.startswith("XMOE_")}
         command = ["bash", str(tmp_path / "scripts" / "setup.sh"), *arguments]
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=variables | environment, check=False
-        )
+        result = subprocess.run(command, capture_output=True, text=True, env=variables | environment, check=False)
         return result, log.read_text().splitlines()
 
     return tmp_path, run

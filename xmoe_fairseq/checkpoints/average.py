@@ -34,7 +34,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> State:
     share memory (tied embeddings) still do.
 
     Raises:
-        CheckpointError: no input, a damaged or unsafe one, or other names, shapes, dtypes or integers than the first has.
+        CheckpointError: no input, a damaged or unsafe one, or names, shapes, dtypes or integers that differ.
     """
     if not paths:
         raise CheckpointError("nothing to average: give at least one checkpoint")
@@ -139,8 +139,8 @@ def _enough(found: Sequence[Candidate], num: int, folder: Any, kind: str = "") -
         raise CheckpointError(f"--num ({num}) must be at least 1")
     if len(found) < num:
         raise CheckpointError(
-            f"{folder} holds {len(found)} different {kind}checkpoints, --num asks for {num}; lower --num, or train with "
-            "--keep-last-epochs or --keep-best-checkpoints of at least that many"
+            f"{folder} holds {len(found)} different {kind}checkpoints, --num asks for {num}; lower --num, or train "
+            "with --keep-last-epochs or --keep-best-checkpoints of at least that many"
         )
     return list(found)
 

@@ -14,8 +14,8 @@ from .safetensors_format import export_safetensors
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xmoe_fairseq.checkpoints.export_safetensors",
-        description="Write model.safetensors, config.json and README.md (a model card to complete) of a checkpoint. The "
-        "optimiser state and absolute paths in the settings are left out.",
+        description="Write model.safetensors, config.json and README.md (a model card to complete) of a checkpoint. "
+        "The optimiser state and absolute paths in the settings are left out.",
     )
     parser.add_argument(
         "--input", required=True, metavar="PT", help="checkpoint of this package or a dense fairseq one"

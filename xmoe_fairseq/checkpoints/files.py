@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: nothing in a file may run code, nothing damaged passes, nothing is half-written.
+"""Reading and writing checkpoint files: no code runs, nothing damaged passes, nothing is half-written.
 
 ``torch.save`` writes a zip archive with a CRC-32 of every record, which ``torch.load`` does not look at. It is checked
 here, so damage is found in the files of stock ``fairseq-train`` without a checksum file beside them.
@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path, *, verify: bool = True, mmap: bool = False
 
     Args:
         path: a ``.pt`` file of fairseq.
-        verify: check the CRC-32 of every record first (about 1 second per gigabyte). Files older than torch 1.6 have none.
+        verify: check the CRC-32 of every record first. Files older than torch 1.6 have none.
         mmap: leave tensors in the file until they are used (read-only use, several big files).
     Returns:
         The dictionary that fairseq wrote, with at least ``model`` and one of ``cfg`` and ``args``.

@@ -2,13 +2,13 @@
 
 Letters: D model width; F hidden units of the dense FFN; E experts.
 
-``split``: the F hidden units are dealt to E experts of F / E each. A MoE layer adds up p_e * expert_e(x) with p the router's
-softmax; with router weights zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps the whole
-output bias: at t = 1 the layer computes exactly the dense FFN (to rounding; E a power of two scales without any).
+``split``: the F hidden units are dealt to E experts of F / E each. A MoE layer adds up p_e * expert_e(x) with p the
+router's softmax; with router weights zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps
+the whole output bias: at t = 1 the layer computes exactly the dense FFN, to rounding.
 
-``copy`` (sparse up-cycling, arXiv 2212.05055): every expert is the whole FFN, its second map and bias scaled by E / n, with
-n the number of experts a token takes while all p are equal. With ``normalize_weights`` nothing is scaled and the result
-is the dense model's for every router.
+``copy`` (sparse up-cycling, arXiv 2212.05055): every expert is the whole FFN, its second map and bias scaled by E / n,
+with n the number of experts a token takes while all p are equal. With ``normalize_weights`` nothing is scaled and the
+result is the dense model's for every router.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def import_dense(state: State, how: DenseImport, moe: dict[str, Any]) -> State:
     Args:
         state: from ``load_checkpoint``; arch transformer, transformer_lm or one of their named sizes.
         how: see ``DenseImport``.
-        moe: ``moe_*`` settings of the new model (router, threshold, top_k, sides, interval, ...); number and size of the
-            experts follow from ``how``.
+        moe: ``moe_*`` settings of the new model (router, threshold, top_k, sides, interval, ...); number and size of
+            the experts follow from ``how``.
     Returns:
         a checkpoint of this package, without optimiser state.
     Raises:
@@ -126,8 +126,8 @@ def _expert_dim(settings: dict[str, Any], sides: set[str], how: DenseImport) -> 
     hidden = {settings[f"{side}_ffn_embed_dim"] for side in sides}
     if len(hidden) > 1:
         raise CheckpointError(
-            f"the FFNs of encoder and decoder have {sorted(hidden)} hidden units; all experts of a model have one size: "
-            "choose moe_sides encoder or decoder"
+            f"the FFNs of encoder and decoder have {sorted(hidden)} hidden units; all experts of a model have one "
+            "size: choose moe_sides encoder or decoder"
         )
     (units,) = hidden
     if how.mode == "copy":
@@ -146,10 +146,10 @@ def _layer_config(settings: dict[str, Any], side: str) -> MoEConfig:
 
 
 def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
-    """Factors on the second map and on its bias that make up for the weights of a token's experts while all p are equal.
+    """Factors on the second map and its bias that make up for the weights of the experts while all p are equal.
 
-    Then n experts are taken, each with weight 1 / E, or 1 / n if weights are normalised. ``copy`` wants the weights of the
-    maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all in both.
+    Then n experts are taken, each with weight 1 / E, or 1 / n if weights are normalised. ``copy`` wants the weights of
+    the maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all in both.
     """
     if config.merge_experts or config.router in ("hash", "base") or config.num_null_experts:
         raise ValueError(
@@ -205,7 +205,7 @@ def group_units(w1_FD: Tensor, num_experts: int, grouping: str, generator: torch
 
 
 def _balanced_kmeans(w1_FD: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """int64 (F,): units sorted by group. Centres by k-means of the normalised rows, then the cheapest even assignment."""
+    """int64 (F,): units sorted by group. Centres by k-means of normalised rows, then the cheapest even assignment."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
@@ -235,9 +235,9 @@ def start_router(w1_FD: Tensor, unit_EF: Tensor, how: DenseImport, generator: to
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xmoe_fairseq.checkpoints.import_dense",
-        description="Make a mixture of experts of a dense fairseq transformer. split: experts that together are the FFN, "
-        "exactly at t = 1. copy: every expert the whole FFN (sparse up-cycling). The optimiser state is dropped: train on "
-        "with --finetune-from-model.",
+        description="Make a mixture of experts of a dense fairseq transformer. split: experts that together are the "
+        "FFN, exactly at t = 1. copy: every expert the whole FFN (sparse up-cycling). The optimiser state is dropped: "
+        "train on with --finetune-from-model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--input", required=True, metavar="PT", help="dense checkpoint")

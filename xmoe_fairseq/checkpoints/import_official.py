@@ -1,7 +1,7 @@
 """Read models that were trained with the released XMoE code (github.com/ysngki/XMoE, a fork of fairseq).
 
-Its MoE layers hold ``experts.yyh_local_experts.{e}.fc1/fc2`` and ``gate.wg``; the rest is fairseq's. docs/checkpoints.md
-lists how its behaviour differs from ours and which differences an option brings back.
+Its MoE layers hold ``experts.yyh_local_experts.{e}.fc1/fc2`` and ``gate.wg``; the rest is fairseq's.
+docs/checkpoints.md lists how its behaviour differs from ours and which differences an option brings back.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def import_official(state: State, *, as_released: bool = False) -> State:
 
     Args:
         state: from ``load_checkpoint``.
-        as_released: arch ``xmoe_transformer_as_released`` (released.py), whose outputs equal the released model's on the
-            same batch; threshold router only. False: ``xmoe_transformer``, no drops at inference, padding not routed.
+        as_released: arch ``xmoe_transformer_as_released`` (released.py), whose outputs equal the released model's on
+            the same batch; threshold router only. False: ``xmoe_transformer``, no drops or routed padding.
     Returns:
         a checkpoint of this package, without optimiser state.
     Raises:
@@ -46,14 +46,14 @@ def import_official(state: State, *, as_released: bool = False) -> State:
     settings = flat_settings(state)
     if "moe_type" not in settings or "num_experts" not in settings:
         raise CheckpointError(
-            "not a checkpoint of the released code: its settings hold no moe_type and num_experts; for dense models there "
-            "is python -m xmoe_fairseq.checkpoints.import_dense"
+            "not a checkpoint of the released code: its settings hold no moe_type and num_experts; for dense models "
+            "there is python -m xmoe_fairseq.checkpoints.import_dense"
         )
     model = convert_tensors(state["model"], settings["num_experts"])
     if as_released and settings["moe_type"] != "threshold":
         raise CheckpointError(
-            f"--as-released repeats moe_type threshold; {settings['moe_type']} drops tokens in an arbitrary order (and topk "
-            "adds noise at inference), so no two runs of the released code agree; import without --as-released"
+            f"--as-released repeats moe_type threshold; {settings['moe_type']} drops tokens in an arbitrary order (and "
+            "topk adds noise at inference), so no two runs of the released code agree; import without --as-released"
         )
     arch = RELEASED_ARCH if as_released else "xmoe_transformer"
     new = converted(state, model, _our_settings(settings, as_released), arch, "released XMoE code")
@@ -145,16 +145,16 @@ def _our_criterion(criterion: dict[str, Any]) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xmoe_fairseq.checkpoints.import_official",
-        description="Convert a checkpoint of the released XMoE code (a fork of fairseq) for fairseq-generate --user-dir "
-        "xmoe_fairseq. The optimiser state is dropped: train on with --finetune-from-model.",
+        description="Convert a checkpoint of the released XMoE code (a fork of fairseq) for fairseq-generate "
+        "--user-dir xmoe_fairseq. The optimiser state is dropped: train on with --finetune-from-model.",
     )
     parser.add_argument("--input", required=True, metavar="PT", help="checkpoint of the released code")
     parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")
     parser.add_argument(
         "--as-released",
         action="store_true",
-        help="keep the released inference: capacity drops tokens and padding is routed, so a translation depends on its "
-        "batch (default: neither)",
+        help="keep the released inference: capacity drops tokens and padding is routed, so a translation depends on "
+        "its batch (default: neither)",
     )
     return parser
 
@@ -164,7 +164,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     new = import_official(load_checkpoint(args.input), as_released=args.as_released)
     save_checkpoint(new, args.output)
-    print(f"{args.output}: {describe_method(flat_settings(new))}")
+    settings = flat_settings(new)
+    print(f"{args.output}: {describe_method(settings)}")
+    if settings["moe_router"] == "threshold" and not args.as_released:
+        gamma = settings["moe_capacity_factor"]
+        override = {"moe_router": "top_k", "moe_top_k": max(1, round(gamma))}
+        print(
+            f"It learnt with at most gamma ({gamma}) experts a token on average. If inference without drops hurts it "
+            f'(docs/checkpoints.md), give fairseq-generate --model-overrides "{override}"'
+        )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from .safetensors_format import import_safetensors
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xmoe_fairseq.checkpoints.import_safetensors",
-        description="Make a checkpoint for fairseq-generate (or --finetune-from-model) of a folder that export_safetensors "
-        "wrote. Tensors come back bit for bit.",
+        description="Make a checkpoint for fairseq-generate (or --finetune-from-model) of a folder that "
+        "export_safetensors wrote. Tensors come back bit for bit.",
     )
     parser.add_argument("--input", required=True, metavar="DIR", help="folder with model.safetensors and config.json")
     parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")

@@ -58,8 +58,8 @@ def _as_text(facts: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xmoe_fairseq.checkpoints.inspect",
-        description="Show sizes, method, step and parameters of checkpoints, after checking that the file is whole, runs "
-        "no code, and holds the tensors its settings ask for. Exit: 0 sound, 1 damaged.",
+        description="Show sizes, method, step and parameters of checkpoints, after checking that the file is whole, "
+        "runs no code, and holds the tensors its settings ask for. Exit: 0 sound, 1 damaged.",
     )
     parser.add_argument("paths", nargs="*", metavar="PT", help="checkpoints")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")

@@ -37,16 +37,16 @@ Training data and its licences; scores with their sacreBLEU signatures; intended
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """Markdown, from the configuration that ``export_safetensors`` writes; what it cannot know it asks the owner for."""
+    """Markdown, from the configuration that ``export_safetensors`` writes; the owner fills in the rest."""
     settings, task = config["cfg"]["model"], config["cfg"].get("task") or {}
-    pair = [task.get("source_lang"), task.get("target_lang")]
+    pair = [str(task[name]) for name in ("source_lang", "target_lang") if task.get(name)]
     layers = [
         f"{settings[f'{side}_layers']} {side}" for side in ("encoder", "decoder") if settings.get(f"{side}_layers")
     ]
     return _CARD.format(
         arch=settings.get("arch") or settings.get("_name"),
         method=config["method"],
-        languages=" to ".join(pair) if all(pair) else "not recorded",
+        languages=" to ".join(pair) if len(pair) == 2 else "not recorded",
         layers=", ".join(layers),
         parameters=config["parameters"],
         expert_parameters=config["expert_parameters"],

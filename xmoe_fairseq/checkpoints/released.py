@@ -5,11 +5,13 @@ recorded outputs of the released code, tests/checkpoints/test_import_official.py
 
 - padding is routed, takes capacity and counts in T and in the balance loss;
 - capacity holds at inference too;
-- priority is K - (rank - 1) + p in float32, where rounding makes different probabilities equal; equals are served in the
-  order of ``torch.topk``, which is arbitrary (on a CPU it is the same each time).
+- priority is K - (rank - 1) + p in float32, where rounding makes different probabilities equal; equals are served in
+  the order of ``torch.topk``, which is arbitrary (on a CPU it is the same each time).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from fairseq.models import register_model, register_model_architecture
@@ -27,10 +29,10 @@ ARCH = "xmoe_transformer_as_released"
 
 
 class ReleasedMoELayer(MoELayer):
-    """The released layer over this package's parameters; ``padding`` and ``token_ids`` are not looked at."""
+    """The released layer over this package's parameters; it looks at ``x`` alone."""
 
     def forward(
-        self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None, **_unused: object
+        self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None, context: Any = None
     ) -> tuple[Tensor, RoutingPlan]:
         """``x``: float (..., D), padding included. Returns ``y`` like ``x``, and the plan."""
         x_TD = x.reshape(-1, x.size(-1))
@@ -52,7 +54,7 @@ class ReleasedMoELayer(MoELayer):
 
 
 def wanted_ranks(prob_TE: Tensor, threshold: float) -> Tensor:
-    """int32 (T, E): rank from 0 while the float32 sum of the likelier experts is below ``threshold``, else ``UNWANTED``."""
+    """int32 (T, E): rank while the float32 sum of the likelier experts is below ``threshold``, else ``UNWANTED``."""
     sorted_TE, expert_TE = prob_TE.sort(dim=-1, descending=True)
     wanted_TE = sorted_TE.cumsum(dim=-1) - sorted_TE < threshold
     wanted_TE[:, :1] = True
@@ -75,7 +77,7 @@ class ReleasedTransformer(MoETransformerModel):
     """``xmoe_transformer`` whose MoE layers follow the released rules."""
 
     @classmethod
-    def build_model(cls, args, task):  # type: ignore[no-untyped-def]
+    def build_model(cls, args: Any, task: Any) -> ReleasedTransformer:
         """As its parent; ValueError for a router other than threshold."""
         if args.moe_router != "threshold":
             raise ValueError(f"{ARCH} knows the threshold router, not {args.moe_router}; use xmoe_transformer")
@@ -87,7 +89,7 @@ class ReleasedTransformer(MoETransformerModel):
 
 
 @register_model_architecture(ARCH, ARCH)
-def as_released(args) -> None:  # type: ignore[no-untyped-def]
+def as_released(args: Any) -> None:
     """The defaults of ``xmoe_transformer``; an imported checkpoint brings its own."""
     WMT23.apply(args)
     fill_moe_defaults(args)

@@ -1,7 +1,7 @@
 """The exported form of a model: a folder with ``model.safetensors``, ``config.json`` and a model card.
 
-safetensors holds nothing but tensors: reading it cannot run code. Tied tensors are stored once and tied again on the way
-back. Absolute paths of the machine that trained are left out of the configuration.
+safetensors holds nothing but tensors: reading it cannot run code. Tied tensors are stored once and tied again on the
+way back. Absolute paths of the machine that trained are left out of the configuration.
 """
 
 from __future__ import annotations
@@ -148,8 +148,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _state(config: dict[str, Any], model: dict[str, Tensor]) -> State:
     cfg = {**config["cfg"], "model": argparse.Namespace(**config["cfg"]["model"])}
     history = {
-        "criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}, "num_updates": config["num_updates"]
-    }  # fmt: skip
+        "criterion_name": "none",
+        "optimizer_name": "none",
+        "lr_scheduler_state": {},
+        "num_updates": config["num_updates"],
+    }
     return {
         "args": None,
         "cfg": cfg,

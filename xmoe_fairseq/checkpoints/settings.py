@@ -10,7 +10,7 @@ from .structure import model_settings
 
 
 def flat_settings(state: State) -> dict[str, Any]:
-    """The model's settings with fairseq's nested groups flattened: ``encoder: {embed_dim: 8}`` -> ``encoder_embed_dim``."""
+    """The model's settings without fairseq's nested groups: ``encoder: {embed_dim: 8}`` is ``encoder_embed_dim``."""
     flat: dict[str, Any] = {}
     for name, value in model_settings(state).items():
         if name in ("encoder", "decoder", "quant_noise") and hasattr(value, "items"):

@@ -1,4 +1,4 @@
-"""Make the stock fairseq commands read and write checkpoints safely, on several ranks too; fairseq's files stay as they are.
+"""Make stock fairseq commands read and write checkpoints safely, on several ranks too, without editing fairseq.
 
 The package door calls ``harden_fairseq``. Four functions of fairseq are wrapped at run time:
 

@@ -65,11 +65,11 @@ def check_structure(state: State, path: Any = "the checkpoint") -> None:
         for name, shape in _moe_shapes(settings, side).items():
             _check_tensor(model, f"{side}.layers.{index}.moe.{name}", shape, path)
     for side in ("encoder", "decoder"):
-        width, hidden = settings.get(f"{side}_embed_dim"), settings.get(f"{side}_ffn_embed_dim")
         for index in range(settings.get(f"{side}_layers") or 0):
             name = f"{side}.layers.{index}.fc1.weight"
             if (side, index) not in moe and name in model:
-                _require_shape(name, model[name], (hidden, width), path)
+                shape = (settings[f"{side}_ffn_embed_dim"], settings[f"{side}_embed_dim"])
+                _require_shape(name, model[name], shape, path)
 
 
 def _moe_shapes(settings: dict[str, Any], side: str) -> dict[str, Shape]:
@@ -95,8 +95,8 @@ def _check_tensor(model: dict[str, Tensor], name: str, shape: Shape, path: Any) 
     found = tuple(model[name].shape)
     if ".experts." in name and found[1:] == shape[1:] and found[0] < shape[0]:
         raise MissingExpertError(
-            f"{path}: {name} holds {found[0]} of {shape[0]} experts; is it one rank's part of an expert-parallel model? "
-            "Take the consolidated checkpoint"
+            f"{path}: {name} holds {found[0]} of {shape[0]} experts; is it one rank's part of an expert-parallel "
+            "model? Take the consolidated checkpoint"
         )
     _require_shape(name, model[name], shape, path)
 

@@ -2,10 +2,11 @@
 
 The balance loss of a forward pass is a mean over its tokens; it is multiplied by the sample size that fairseq later
 divides by, so its weight does not depend on --update-freq, batch size or ranks. Across data-parallel ranks the load
-(f of Eq 7) is summed first: the loss is that of the global batch, exactly. Over the micro-batches of --update-freq each has its own
-f, known only when it is computed; the result is the token-weighted mean.
+(f of Eq 7) is summed first: the loss is that of the global batch, exactly. Over the micro-batches of --update-freq
+each has its own f, known only when it is computed; the result is the mean weighted by sample size.
 
-The logged ``loss`` stays the cross entropy, to compare with dense models; the balance loss is logged as ``moe_balance``.
+The logged ``loss`` stays the cross entropy, to compare with dense models; the balance loss is logged as
+``moe_balance``.
 """
 
 # No "from __future__ import annotations" here: fairseq reads the types of dataclass fields.
@@ -148,7 +149,7 @@ def layer_label(module_name: str) -> str:
 
 
 def _logged_sums(plans: Plans, like: Tensor) -> dict[str, Tensor]:
-    """``label/figure`` -> sum; every layer has its keys on every rank, dropped ones too: fairseq's summing needs that."""
+    """``label/figure`` -> sum. Every layer has its keys on every rank, dropped or not: fairseq's summing needs them."""
     logged: dict[str, Tensor] = {}
     for module_name, layer_plans in plans.items():
         label = layer_label(module_name)

@@ -77,7 +77,7 @@ def dense(name: str, size: Size) -> None:
 
 
 def moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float | None, **others: Any) -> None:
-    """Register ``--arch name``: ``size`` with these experts, training capacity factor and further ``moe_*`` defaults."""
+    """Register ``--arch name``: ``size`` with these experts, training capacity factor and other ``moe_*`` defaults."""
 
     def apply(args: Any) -> None:
         size.apply(args)
@@ -87,9 +87,9 @@ def moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float |
     _register(name, size, "xmoe_transformer_lm" if size.is_language_model else "xmoe_transformer", apply)
 
 
-# Table 3. adamoe: k n / (n + m) = 4 * 64 / 128 = 2 true experts per token at balance, top-k's number; m = n and a doubled k
-# are the ratio of its paper's main setting. meo merges 4, its released default, and computes one expert whatever it
-# merges, so that beside 64 x 1024 it is the cheaper row; 32 x 2048 merging 2 is its row of equal FLOPs.
+# Table 3. adamoe: k n / (n + m) = 4 * 64 / 128 = 2 true experts per token at balance, top-k's number; m = n and a
+# doubled k are the ratio of its paper's main setting. meo merges 4, its released default, and computes one expert
+# whatever it merges, so that beside 64 x 1024 it is the cheaper row; 32 x 2048 merging 2 is its row of equal FLOPs.
 dense("dense_transformer_wmt23", WMT23)
 moe("xmoe_transformer", WMT23, 64, 1024, 2.0)
 moe("xmoe_transformer_128x512", WMT23, 128, 512, 4.0)

@@ -1,7 +1,7 @@
 """What fairseq's trainer must know when ``--moe-expert-parallel`` spreads experts over ranks.
 
-Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. It lacks three things, added here
-around its own functions, when the first expert-parallel model of a process is built and not before:
+Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. It lacks three things, added
+here around its own functions, when the first expert-parallel model of a process is built and not before:
 
 - the gradient norm: stock leaves experts out of it; here it is that of replicated experts, equal on every rank;
 - saving: one file with all experts and their optimiser state, gathered where every rank passes
@@ -57,7 +57,7 @@ def _with_expert_norm(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_checks(stock: Callable[..., None]) -> Callable[..., None]:
-    def __init__(trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         experts = parallel_experts(model)
         if experts:
             check_supported(cfg, task)
@@ -132,7 +132,7 @@ def _gather_slots(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tenso
     """Optimiser state that has the shape of its parameter (Adam's moments), for all experts."""
     slots: dict[int, dict[str, Tensor]] = {}
     for position, param in _expert_positions(optimizer).items():
-        state = optimizer.state[param] if param in optimizer.state else {}
+        state = optimizer.state.get(param, {})
         names = sorted(name for name, value in state.items() if torch.is_tensor(value) and value.shape == param.shape)
         slots[position] = {name: gather_experts(state[name]) for name in names}
     return slots

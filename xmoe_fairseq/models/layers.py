@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from ..moe import MoEConfig, MoELayer, SentenceContext
 from ..moe.merged import masked_mean, reorder_cache
 
-
 IncrementalState = dict[str, dict[str, Tensor]]
 
 

@@ -45,6 +45,9 @@ SETTINGS: dict[str, Setting] = {
     ),
     "moe_threshold": Setting(0.9, float, "threshold", "probability mass in [0, 1] that a token's experts must reach"),
     "moe_top_k": Setting(None, optional(int), "top_k", "experts a token takes (top_k, adamoe, merged experts)"),
+    "moe_max_experts": Setting(
+        None, optional(int), "max_experts", "most experts a token takes under the threshold router; none: no limit"
+    ),
     "moe_null_experts": Setting(0, int, "num_null_experts", "experts that compute nothing (adamoe)"),
     "moe_capacity_factor": Setting(
         2.0,

@@ -46,6 +46,10 @@ class MoEEncoder(_MoEStack, TransformerEncoderBase):
 
     side = "encoder"
 
+    def register_backward_hook(self, hook: Any) -> Any:
+        """fairseq's search for a NaN asks for torch's old kind of hook, which fails on an encoder's dict of lists."""
+        return self.register_full_backward_hook(hook)
+
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: Any, return_fc: bool = False) -> None:
         self.start_building()
         super().__init__(cfg, dictionary, embed_tokens, return_fc)

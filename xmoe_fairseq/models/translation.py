@@ -29,8 +29,8 @@ class MoETransformerConfig(TransformerConfig):
 class MoETransformerModel(TransformerModelBase):
     """Transformer with a MoE layer in place of the feed-forward network of every n-th layer.
 
-    The forward pass returns fairseq's usual pair; the plans of the MoE layers lie in ``extra["moe_plans"]``, layer name ->
-    list of RoutingPlan, for the criterion and the analyses.
+    The forward pass returns fairseq's usual pair; the plans of the MoE layers lie in ``extra["moe_plans"]``, layer
+    name -> list of RoutingPlan, for the criterion and the analyses.
     """
 
     @classmethod

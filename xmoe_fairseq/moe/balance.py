@@ -2,7 +2,8 @@
 
 Every loss of this kind is  G * sum_i f_i P_i  over G gates, with f_i the share of tokens that count as load of gate i
 (no gradient) and P_i its mean probability (with gradient). XMoE and Switch count first choices (Eq 7); AdaMoE counts
-all choices and spreads the load of the null experts evenly over them (its Eq 6). MEO's loss has another form (SpreadTerms).
+all choices and spreads the load of the null experts evenly over them (its Eq 6). MEO's loss has another form
+(SpreadTerms).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class SpreadTerms:
     """Quantities that should be even over the experts; the loss is their squared coefficients of variation, added up.
 
     Attributes:
-        amount_QE: float32 with gradient, sums over the sentences of one batch; MEO's are importance and load of each gate.
+        amount_QE: float32 with gradient, sums over the sentences of one batch; MEO's are importance and load of each
+            gate.
 
     Source: Shazeer et al., arXiv 1701.06538, as in MEO's released code.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .activations import ACTIVATIONS
@@ -32,16 +33,17 @@ class MoEConfig:
         router: a registered router name: threshold, top_k, switch, hash, base, adamoe, or one of your own.
         threshold: probability mass t a token's experts must reach, in [0, 1] (Eq 5). 0: top-1. 1: every expert.
         top_k: experts a token takes (top_k, adamoe, merge_experts); None where the router does not count.
+        max_experts: most experts a token takes under the threshold router; None (default): as many as it needs.
         num_null_experts: experts that compute nothing (adamoe, arXiv 2406.13233).
         capacity_factor: gamma of Eq 3 in training, > 0; None trains without drops.
-        eval_capacity_factor: gamma at inference. None (default) drops nothing, so that the translation of a sentence does
-            not depend on its neighbours. A number saves compute but makes outputs depend on the batch, on its
+        eval_capacity_factor: gamma at inference. None (default) drops nothing, so that the translation of a sentence
+            does not depend on its neighbours. A number saves compute but makes outputs depend on the batch, on its
             order and, in a decoder, on later tokens.
         min_capacity: rows every expert may take however small the batch (never more than there are tokens).
         activation: name of the function between the two linear maps.
         activation_dropout: dropout probability on the hidden units, in [0, 1).
-        merge_experts: MEO (arXiv 2310.09832): merge the chosen experts' matrices per sentence and compute once. Its router is
-            top_k and it has no capacity; both are set so where they are not given.
+        merge_experts: MEO (arXiv 2310.09832): merge the chosen experts' matrices per sentence and compute once. Its
+            router is top_k and it has no capacity; both are set so where they are not given.
         token_adapter: MEO's token-level bottleneck before each merged linear map.
         normalize_weights: divide the weights of a token by their sum over its chosen experts (Mixtral,
             arXiv 2401.04088); off in XMoE, whose weights are the raw probabilities (Eq 2).
@@ -67,6 +69,7 @@ class MoEConfig:
     router: str = _DefaultName("threshold")
     threshold: float = 0.9
     top_k: int | None = None
+    max_experts: int | None = None
     num_null_experts: int = 0
     capacity_factor: float | None = _DefaultFactor(2.0)
     eval_capacity_factor: float | None = None
@@ -112,20 +115,33 @@ class MoEConfig:
 
     def _settle_defaults(self) -> None:
         """Plain values instead of marked defaults: XMoE's, or those of merged experts."""
-        if isinstance(self.router, _NotGiven):
-            object.__setattr__(self, "router", "top_k" if self.merge_experts else str(self.router))
-        if isinstance(self.capacity_factor, _NotGiven):
-            gamma = None if self.merge_experts else float(self.capacity_factor)  # type: ignore[arg-type]
-            object.__setattr__(self, "capacity_factor", gamma)
+        merged = {"router": "top_k", "capacity_factor": None}
+        plain = {"router": str, "capacity_factor": float}
+        for name, cast in plain.items():
+            value: object = getattr(self, name)
+            if isinstance(value, _NotGiven):
+                object.__setattr__(self, name, merged[name] if self.merge_experts else cast(value))
 
     def _check_router(self) -> None:
         from .routers import router_class  # the registry imports this module
 
+        if self.max_experts is not None:
+            _require(
+                1 <= self.max_experts <= self.num_experts,
+                f"moe_max_experts ({self.max_experts}) must be between 1 and moe_num_experts ({self.num_experts}); "
+                "None (on the command line: none) sets no limit",
+            )
+            _require(
+                self.router == "threshold" and not self.merge_experts,
+                f"moe_max_experts ({self.max_experts}) limits moe_router threshold, not {self.router}; "
+                "set moe_max_experts none, or moe_top_k where the router counts",
+            )
         if self.top_k is not None:
             _require(
                 1 <= self.top_k <= self.num_experts + self.num_null_experts,
                 f"moe_top_k ({self.top_k}) must be between 1 and what there is to choose from, moe_num_experts "
-                f"({self.num_experts}) + moe_null_experts ({self.num_null_experts}); lower moe_top_k or raise one of these",
+                f"({self.num_experts}) + moe_null_experts ({self.num_null_experts}); lower moe_top_k or raise one of "
+                "these",
             )
         _require(
             not self.num_null_experts or router_class(self.router).has_null_experts,
@@ -194,6 +210,6 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _require_one_of(name: str, value: str, allowed: object) -> None:
-    if value not in allowed:  # type: ignore[operator]
-        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(allowed)}")  # type: ignore[attr-defined]
+def _require_one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} ({value!r}) must be one of {', '.join(allowed)}")

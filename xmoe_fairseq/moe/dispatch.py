@@ -73,7 +73,9 @@ class RowLayout:
         """Sum over an expert's rows, scaled by ``weight_R`` (float32) if given: (E, O)."""
         if weight_R is not None:
             grad_RO = grad_RO * weight_R.unsqueeze(-1).to(grad_RO.dtype)
-        return torch.segment_reduce(grad_RO.float(), "sum", lengths=self.plan.count_E, initial=0.0).to(grad_RO.dtype)
+        wide_RO = grad_RO.to(torch.promote_types(grad_RO.dtype, torch.float32))
+        total_EO: Tensor = torch.segment_reduce(wide_RO, "sum", lengths=self.plan.count_E, initial=0.0)
+        return total_EO.to(grad_RO.dtype)
 
     def bias_inner(self, grad_RO: Tensor, bias_EO: Tensor) -> Tensor:
         """Inner product of each row with its expert's bias: (R,)."""

@@ -21,7 +21,7 @@ product of an expert's hidden activation with its gradient. So memory does not g
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,16 +64,16 @@ class Experts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # row counts depend on data: one graph break, no recompiles
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
-        weights = [self.w1, self.b1, self.w2, self.b2]
-        dtype = _compute_dtype(x_TD)
-        x_TD, *weights = (tensor.to(dtype) for tensor in (x_TD, *weights))
+        dtype = compute_dtype(x_TD)
+        x_TD, *weights = (tensor.to(dtype) for tensor in (x_TD, self.w1, self.b1, self.w2, self.b2))
         path = choose_path(self.config, plan, dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             if path == "masked":
                 return self._masked(x_TD, plan, weights)
             dropout = self.config.activation_dropout if self.training else 0.0
             layout = LAYOUTS[path if plan.token_index_A.numel() else "loop"](plan)
-            return _ExpertSum.apply(x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout)
+            arguments = (x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout)
+            return cast(Tensor, _ExpertSum.apply(*arguments))
 
     def _masked(self, x_TD: Tensor, plan: RoutingPlan, weights: list[Tensor]) -> Tensor:
         """Every expert on every token, as one dense FFN of E x F hidden units, with unkept weights 0."""
@@ -116,7 +116,8 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     return "bmm" if computed <= BMM_PADDING * rows else ragged
 
 
-def _compute_dtype(x_TD: Tensor) -> torch.dtype:
+def compute_dtype(x_TD: Tensor) -> torch.dtype:
+    """The dtype that linear maps compute in: autocast's where it is on, else that of ``x_TD``."""
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -184,17 +185,18 @@ def _hidden_backward_(
     Args:
         grad_RF: gradient of the unweighted expert output times w2; becomes the gradient of ``pre_RF``.
     Returns:
-        the hidden units times their routing weight (for the gradient of w2), and float32 (R,): the inner product of
+        the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner product of
         hidden units and gradient (for the gradient of the routing weight).
     """
     hidden_RF = empty(*pre_RF.shape, like=pre_RF)
-    inner_R = torch.empty(pre_RF.size(0), dtype=torch.float32, device=pre_RF.device)
+    sum_dtype = torch.promote_types(pre_RF.dtype, torch.float32)
+    inner_R = torch.empty(pre_RF.size(0), dtype=sum_dtype, device=pre_RF.device)
     for rows in row_blocks(pre_RF):
         weight_R1 = weight_R[rows].unsqueeze(-1).to(pre_RF.dtype)
         hidden, grad = activation.forward(pre_RF[rows]), grad_RF[rows]
         if keep_RF is not None:
             hidden = hidden * keep_RF[rows]
-        torch.sum(hidden * grad, dim=-1, dtype=torch.float32, out=inner_R[rows])
+        torch.sum(hidden * grad, dim=-1, dtype=sum_dtype, out=inner_R[rows])
         torch.mul(hidden, weight_R1, out=hidden_RF[rows])
         if keep_RF is not None:
             grad = grad * keep_RF[rows]  # after the inner product: dropout counts once in it

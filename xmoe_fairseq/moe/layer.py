@@ -110,8 +110,8 @@ class SharedExpert(nn.Module):
 def record_plans(module: nn.Module) -> Iterator[dict[str, list[RoutingPlan]]]:
     """Collect the plans of every MoE layer inside ``module`` while the block runs: layer name -> plans in call order.
 
-    Every layer has an entry, empty when it did not run (LayerDrop). Plans come with gradient. Under activation checkpointing (non-reentrant) the recomputation runs after the block and
-    is not recorded twice.
+    Every layer has an entry, empty when it did not run (LayerDrop). Plans come with gradient. Under activation
+    checkpointing (non-reentrant) the recomputation runs after the block and is not recorded twice.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MoELayer)}
     plans: dict[str, list[RoutingPlan]] = {name: [] for name in layers}

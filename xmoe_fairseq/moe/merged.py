@@ -1,16 +1,17 @@
 """MEO: merge the chosen experts' matrices, once per sentence, and compute once (arXiv 2310.09832).
 
-An expert is one linear map, so a feed-forward network has two banks of E maps, each with its own gate; since the maps are
-linear, the merged map gives exactly the gated sum of the experts' outputs. (Merging whole networks would not: the
+An expert is one linear map, so a feed-forward network has two banks of E maps, each with its own gate; since the maps
+are linear, the merged map gives exactly the gated sum of the experts' outputs. (Merging whole networks would not: the
 activation stands between.) What differs from the released code, and why, is in docs/methods.md.
 
-Axis letters: T positions, B sentences, padding included; D model width; F hidden units; E experts; K experts merged; C width
-of a gate's input; I, O widths of one map; M sentences of one chunk; R rows of a decoding batch (sentences x beams); U sentences
-that are kept merged; Q quantities to balance.
+Axis letters: T positions, B sentences, padding included; D model width; F hidden units; E experts; K experts merged;
+C width of a gate's input; I, O widths of one map; M sentences of one chunk; R rows of a decoding batch (sentences x
+beams); U sentences that are kept merged; Q quantities to balance.
 
-Memory: every sentence has matrices of its own, 2 x D x F numbers. They are made for a chunk of at most ``CHUNK_NUMBERS``
-numbers at a time and made again in the backward pass, never kept: an update holds one chunk and its gradient, however
-many sentences it has. Incremental decoding keeps them for the sentences in the batch, once for all beams.
+Memory: every sentence has matrices of its own, 2 x D x F numbers. They are made for a chunk of at most
+``CHUNK_NUMBERS`` numbers at a time and made again in the backward pass, never kept: an update holds one chunk and its
+gradient, however many sentences it has. Incremental decoding keeps them for the sentences in the batch, once for all
+beams.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .activations import ACTIVATIONS
 from .balance import SpreadTerms
 from .capacity import make_plan
 from .config import MoEConfig
-from .experts import Experts
+from .experts import Experts, compute_dtype
 from .layer import MoELayer
 from .ordering import sort_descending
 from .plan import Choices, RoutingPlan
@@ -43,10 +44,10 @@ class SentenceContext:
     """What a decoder's merged layer needs beside its input.
 
     Attributes:
-        vector_BC: float, one vector per row of the batch: the mean of the encoder's final output over the source tokens that
-            are not padding. It must not depend on the target.
-        cache: a dictionary that the caller keeps through one incremental decoding (and reorders with ``reorder_cache``);
-            merged matrices stay in it. None: merge for this call alone.
+        vector_BC: float, one vector per row of the batch: the mean of the encoder's final output over the source
+            tokens that are not padding. It must not depend on the target.
+        cache: a dictionary that the caller keeps through one incremental decoding (and reorders with
+            ``reorder_cache``); merged matrices stay in it. None: merge for this call alone.
     """
 
     vector_BC: Tensor
@@ -54,13 +55,15 @@ class SentenceContext:
 
 
 class MergedMoELayer(MoELayer):
-    """``y, plan = layer(x, padding=None, token_ids=None, context=None)``; ``MoELayer(config)`` builds it for a config that merges.
+    """``y, plan = layer(x, padding=None, token_ids=None, context=None)``.
+
+    ``MoELayer(config)`` builds it for a config that merges.
 
     The gates see one vector per sentence: without ``context`` the mean of the layer's input over real positions, which
     suits an encoder and would show a decoder its future; a decoder passes a ``SentenceContext``.
 
-    The plan names, for each real token, the experts that its sentence merges in the first map, with their gates as weights;
-    its ``row_cost`` is such that the pairs add up to the real cost: one expert per token, and the merging.
+    The plan names, for each real token, the experts that its sentence merges in the first map, with their gates as
+    weights; its ``row_cost`` is such that the pairs add up to the real cost: one expert per token, and the merging.
 
     State: ``experts.{w1,b1,w2,b2}`` as in experts.py; ``gate1`` and ``gate2``: ``weight`` and ``noise_weight`` (E, D);
     with ``token_adapter`` ``adapter1.{down,up}`` and ``adapter2.{down,up}``.
@@ -125,21 +128,20 @@ class MergedMoELayer(MoELayer):
         vector_BC = context.vector_BC
         if vector_BC.shape != x_TBD.shape[1:]:
             raise ValueError(
-                f"context holds {tuple(vector_BC.shape)}, x needs {tuple(x_TBD.shape[1:])}: one vector per sentence, of "
-                "the decoder's width; merged experts need --encoder-embed-dim equal to --decoder-embed-dim"
+                f"context holds {tuple(vector_BC.shape)}, x needs {tuple(x_TBD.shape[1:])}: one vector per sentence, "
+                "of the decoder's width; merged experts need --encoder-embed-dim equal to --decoder-embed-dim"
             )
         return vector_BC.float()
 
     def _compute(self, x_BTD: Tensor, choice1: GateChoice, choice2: GateChoice) -> Tensor:
         """Both maps with the matrices made chunk by chunk."""
-        experts, dtype = self.experts, _compute_dtype(x_BTD)
+        experts, dtype = self.experts, compute_dtype(x_BTD)
         x_BTD = self._adapt(self.adapter1, x_BTD).to(dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            pre_BTF = _MergedLinear.apply(x_BTD, choice1.gate_BK, choice1.expert_BK, experts.w1, experts.b1)
+            pre_BTF = merged_linear(x_BTD, choice1, experts.w1, experts.b1)
         hidden_BTF = self._hidden(pre_BTF).to(dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            y_BTD: Tensor = _MergedLinear.apply(hidden_BTF, choice2.gate_BK, choice2.expert_BK, experts.w2, experts.b2)
-        return y_BTD
+            return merged_linear(hidden_BTF, choice2, experts.w2, experts.b2)
 
     def _hidden(self, pre: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.config.activation].forward(pre)
@@ -159,7 +161,7 @@ class MergedMoELayer(MoELayer):
         cache: dict[str, Tensor],
     ) -> Tensor:
         """Rows of one sentence (its beams) share matrices that the first step made."""
-        dtype = _compute_dtype(x_RTD)
+        dtype = compute_dtype(x_RTD)
         if not cache:
             first_U, cache["sentence_R"] = distinct_rows(vector_RC)
             for number, choice, weight, bias in (
@@ -250,7 +252,8 @@ class SentenceGate(nn.Module):
         # the value to beat: that of the k-th expert for those outside, of the next one for those inside
         kth_B1, next_B1 = noisy_BE.gather(1, order_BE[:, self.top_k - 1 : self.top_k + 1]).split(1, dim=1)
         to_beat_BE = torch.where(chosen_BE.bool(), next_B1, kth_B1)
-        return torch.special.ndtr((clean_BE - to_beat_BE) / scale_BE)
+        load_BE: Tensor = torch.special.ndtr((clean_BE - to_beat_BE) / scale_BE)
+        return load_BE
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,14 @@ class TokenAdapter(nn.Module):
         """What to add to ``x``."""
         y: Tensor = self.up(torch.relu(self.down(x)))
         return y
+
+
+def merged_linear(x_BTI: Tensor, choice: GateChoice, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+    """Each sentence times its own merged matrix, plus its own merged bias: (B, T, O), dtype of ``x_BTI``."""
+    y: Tensor = _MergedLinear.apply(
+        x_BTI, choice.gate_BK, choice.expert_BK, weight_EIO, bias_EO
+    )
+    return y
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -417,8 +428,3 @@ def merged_layer_flops(config: MoEConfig, num_tokens: int, num_sentences: int) -
     if config.token_adapter:
         adapters = sum(4 * width * max(1, width // 64) for width in (config.embed_dim, config.expert_dim))
     return num_tokens * (config.flops_per_row + adapters) + num_sentences * (merge_flops(config) + gates)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -61,8 +61,10 @@ class ParallelExperts(Experts):
     """The L experts of this rank, called with the tokens and the plan of this rank like ``Experts``.
 
     Every rank must run the same forward and backward passes in the same order, each with any number of tokens, none
-    included. State: ``w1`` (L, D, F), ``b1`` (L, F), ``w2`` (L, F, D), ``b2`` (L, D); loading also takes tensors of all E experts
-    and keeps its slice. The random start is the slice of what ``Experts`` would start with.
+    included. The random start is the slice of what ``Experts`` would start with.
+
+    State: ``w1`` (L, D, F), ``b1`` (L, F), ``w2`` (L, F, D), ``b2`` (L, D); loading also takes all E
+    experts and keeps its slice.
     """
 
     def __init__(self, config: MoEConfig) -> None:

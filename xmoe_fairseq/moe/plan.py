@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from .balance import BalanceTerms, SpreadTerms
 UNWANTED = 2**15 - 1
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(NamedTuple):
     """What a router wants, before capacity.
 
+    A tuple because fairseq's search for a NaN hangs a backward hook on every module, and torch's wants the output to be
+    made of tuples, dicts and tensors.
+
     Attributes:
-        rank_TE: int32, 0 for a token's first choice, 1 for its second, ..., ``UNWANTED`` where the expert is not wanted.
-            Rows of padding are all ``UNWANTED``.
+        rank_TE: int32, 0 for a token's first choice, 1 for its second, ..., ``UNWANTED`` where the expert is not
+            wanted. Rows of padding are all ``UNWANTED``.
         score_TE: float32 >= 0, no gradient: within one rank an expert serves higher scores first.
         weight_TE: float32 with gradient: what the output of expert e is multiplied with for token t.
         balance: what the balance loss needs; None for a router without one.

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .plan import RoutingPlan
 
-
 # what routing_sums returns
 FIGURES = ("tokens", "wanted", "used", "cost", "entropy", "passes", "load_cv", "balance")
 
@@ -16,8 +15,8 @@ def routing_sums(plan: RoutingPlan) -> dict[str, Tensor]:
     """Sums of one forward pass of one layer, without gradient, without host synchronisation.
 
     Returns:
-        float32 scalars: ``tokens`` (real ones), ``wanted`` and ``used`` (token, expert) pairs, ``cost`` (FLOPs of the used
-        pairs in units of one token through the dense FFN), ``entropy`` (nats times tokens), and, once per forward
+        float32 scalars: ``tokens`` (real ones), ``wanted`` and ``used`` (token, expert) pairs, ``cost`` (FLOPs of the
+        used pairs in units of one token through the dense FFN), ``entropy`` (nats times tokens), and, once per forward
         pass, ``passes`` (1), ``load_cv`` (standard deviation / mean of rows per expert) and ``balance``.
     """
     with torch.no_grad():
@@ -40,8 +39,8 @@ def routing_figures(sums: dict[str, float]) -> dict[str, float]:
     """What to show, from added-up ``routing_sums``.
 
     Returns:
-        ``wanted`` and ``used`` experts per token, ``dropped`` share of the wanted pairs, ``load_cv``, ``entropy`` (nats),
-        ``balance`` (the loss, unweighted) and ``flops`` relative to the dense FFN.
+        ``wanted`` and ``used`` experts per token, ``dropped`` share of the wanted pairs, ``load_cv``, ``entropy``
+        (nats), ``balance`` (the loss, unweighted) and ``flops`` relative to the dense FFN.
     """
     tokens, passes = max(sums["tokens"], 1.0), max(sums["passes"], 1.0)
     return {

@@ -25,7 +25,9 @@ def best_sum(score: np.ndarray) -> float:
     return best
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 3), (2, 3), (3, 3), (5, 3), (7, 3), (6, 4), (7, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts"), [(1, 3), (2, 3), (3, 3), (5, 3), (7, 3), (6, 4), (7, 2), (4, 1)]
+)
 def test_reaches_the_brute_force_optimum(num_tokens: int, num_experts: int) -> None:
     for seed in range(3):
         score = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
@@ -42,7 +44,9 @@ def test_reaches_the_optimum_of_the_linear_programme(num_tokens: int, num_expert
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 8, 50])
-def test_counts_differ_by_at_most_one_for_any_number_of_tokens(num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_differ_by_at_most_one_for_any_number_of_tokens(
+    num_experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_layers, "BLOCK_TOKENS", 32)
     for num_tokens in (0, 1, 2, 7, 31, 32, 33, 64, 65, 100, 127):
         # scores that all favour one expert: only the balance pulls away

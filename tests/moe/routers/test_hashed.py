@@ -60,5 +60,5 @@ def test_the_seed_travels_with_the_state() -> None:
 
 
 def test_missing_token_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match="moe_router hash .* got no token_ids; .* choose another moe_router"):
+    with pytest.raises(ValueError, match=r"moe_router hash .* got no token_ids; .* choose another moe_router"):
         tiny_layer("hash")(tokens(3))

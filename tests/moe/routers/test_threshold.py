@@ -37,6 +37,13 @@ def test_hand_worked_ties(threshold: float, chosen: list[int]) -> None:
     assert int((rank_E != UNWANTED).sum()) == len(chosen)
 
 
+def test_max_experts_stops_before_the_threshold_does() -> None:
+    config = MoEConfig(embed_dim=2, num_experts=4, expert_dim=2, threshold=0.9, max_experts=2)
+    prob_TE = torch.tensor([[4, 2, 1, 1], [8, 0, 0, 0]]) / 8
+    rank_TE = ThresholdRouter(config).choose(prob_TE, None, None).rank_TE
+    assert rank_TE.tolist() == [[0, 1, UNWANTED, UNWANTED], [0, UNWANTED, UNWANTED, UNWANTED]]
+
+
 def test_equal_probabilities_are_taken_from_the_lowest_index() -> None:
     rank_E = ranks(torch.full((1, 8), 1 / 8), 0.375)[0]
     assert rank_E.tolist() == [0, 1, 2, *[UNWANTED] * 5]

@@ -14,7 +14,7 @@ from .top_k import TopKRouter
 
 @register_router("adamoe")
 class AdaMoERouter(TopKRouter):
-    """Top-k over E + m gates; weights are renormalised over the chosen true experts; null choices leave before capacity.
+    """Top-k over E + m gates; weights are renormalised over the chosen true experts; nulls leave before capacity.
 
     A token whose k choices are all null experts passes unchanged (its output is 0); k > m forbids that. State:
     ``weight`` (E + m, D), true experts first.

@@ -27,12 +27,19 @@ def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
 
 @register_router("threshold")
 class ThresholdRouter(Router):
-    """Fewest top experts whose mass reaches ``threshold``; weight = raw probability; Eq 7 balances first choices."""
+    """Fewest top experts whose mass reaches ``threshold``; weight = raw probability; Eq 7 balances first choices.
+
+    ``max_experts`` stops earlier. Training under a tight capacity serves about gamma experts of the many a token may
+    want; at inference, where nothing is dropped, the same limit per token keeps what is added up like what was trained,
+    and unlike a capacity it does not depend on the batch.
+    """
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.no_grad():
             sorted_TE, expert_TE = sort_descending(prob_TG.detach())
             count_T = count_to_reach(sorted_TE, self.config.threshold)
+            if self.config.max_experts is not None:
+                count_T = count_T.clamp(max=self.config.max_experts)
             longest = int(count_T.max()) if count_T.numel() and count_T.device.type == "cpu" else sorted_TE.size(-1)
             expert_TK = expert_TE[:, :longest]
             chosen_TK = torch.arange(longest, device=count_T.device) < count_T.unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Top-k routing; with k = 1 this is Switch (arXiv 2101.03961). Shares its parameters with the threshold router (3.5)."""
+"""Top-k routing; with k = 1 this is Switch (arXiv 2101.03961). Same parameters as the threshold router (3.5)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+"""GPT-2's byte-level subwords as ids, one line a line; fairseq-preprocess needs the dict.txt that belongs to them."""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
+
+_encode: Callable[[str], list[int]]
+
+
+def _load(folder: str) -> None:
+    global _encode
+    _encode = get_encoder(f"{folder}/encoder.json", f"{folder}/vocab.bpe").encode
+
+
+def encode_line(line: str) -> str:
+    """Ids of one line, joined by spaces."""
+    return " ".join(map(str, _encode(line.rstrip("\n"))))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.gpt2", description=__doc__)
+    parser.add_argument("--files", required=True, metavar="DIR", help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--input", required=True, metavar="FILE", help="UTF-8 text; the ids go to standard output")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
+    args = parser.parse_args()
+    for path in (Path(args.files, "encoder.json"), Path(args.files, "vocab.bpe"), Path(args.input)):
+        if not path.is_file():
+            print(f"gpt2: error: no such file: {path}", file=sys.stderr)
+            return 1
+    with (
+        open(args.input, encoding="utf-8", newline="\n") as lines,
+        multiprocessing.get_context("spawn").Pool(args.workers, _load, (args.files,)) as pool,
+    ):
+        for encoded in pool.imap(encode_line, lines, chunksize=1000):
+            print(encoded)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Quality against FLOPs: evaluate one checkpoint at several thresholds or inference capacities.
+
+Works for translation models (teacher forcing: the loss of the references) and for language models. Every point reads
+all of the subset. FLOPs are counted from what was computed, not from the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
+from eval import files
+from eval.analysis.corpus import Corpus, binarised
+from eval.analysis.loading import Loaded, load, moe_layers
+from eval.analysis.passes import evaluate, routing_settings
+from xmoe_fairseq.moe.flops import counted_flops
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what came of it.
+
+    Attributes:
+        threshold, eval_capacity_factor: the setting; None for a factor is no capacity.
+        nll: mean negative log probability of a target token, nats.
+        perplexity: exp(nll).
+        moe_flops: FLOPs of the (token, expert) pairs that were computed, per token, relative to the dense FFN.
+        experts_per_token: pairs that were computed, per token and MoE layer.
+        dropped: share of the wanted pairs that capacity dropped.
+        flops_per_token: forward FLOPs of all matrix products that really ran, per target token; includes
+            attention, the output projection, padding, and what the chosen way of computing adds (experts.py).
+        target_tokens: how many were scored.
+    """
+
+    threshold: float
+    eval_capacity_factor: float | None
+    nll: float
+    perplexity: float
+    moe_flops: float
+    experts_per_token: float
+    dropped: float
+    flops_per_token: float
+    target_tokens: int
+
+
+def measure(
+    loaded: Loaded, corpus: Corpus, max_tokens: int, threshold: float, eval_capacity_factor: float | None
+) -> Point:
+    """Evaluate the whole corpus with one setting in every MoE layer.
+
+    Raises: ValueError for a value that is not allowed.
+    """
+    results: list[dict[str, Any]] = []
+    with routing_settings(loaded.model, threshold=threshold, eval_capacity_factor=eval_capacity_factor):
+        flops = counted_flops(lambda: results.append(evaluate(loaded, corpus, corpus.indices, max_tokens=max_tokens)))
+    figures = results[0]
+    return Point(
+        threshold=threshold,
+        eval_capacity_factor=eval_capacity_factor,
+        nll=figures["loss_bits"] * math.log(2),
+        perplexity=figures["perplexity"],
+        moe_flops=figures["flops"],
+        experts_per_token=figures["used"],
+        dropped=figures["dropped"],
+        flops_per_token=flops / figures["target_tokens"],
+        target_tokens=figures["target_tokens"],
+    )
+
+
+def sweep(
+    loaded: Loaded,
+    corpus: Corpus,
+    max_tokens: int,
+    thresholds: Sequence[float],
+    factors: Sequence[float | None],
+) -> list[Point]:
+    """Every pair of a threshold and a capacity factor; of what is not given the checkpoint's own is kept.
+
+    Raises: ValueError where a sweep has nothing to change.
+    """
+    layers = moe_layers(loaded.model)
+    if not layers:
+        raise ValueError(f"{loaded.path} has no MoE layer, so there is nothing to sweep")
+    config = next(iter(layers.values())).config
+    if thresholds and config.router != "threshold":
+        raise ValueError(
+            f"--threshold has no effect on moe_router {config.router}; a top_k or switch checkpoint also runs with "
+            "--model-overrides \"{'moe_router': 'threshold'}\""
+        )
+    pairs = itertools.product(thresholds or [config.threshold], factors or [config.eval_capacity_factor])
+    return [measure(loaded, corpus, max_tokens, *pair) for pair in tqdm(list(pairs), unit="setting", desc="sweep")]
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Perplexity over MoE FLOPs, one line per capacity factor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    swept = "threshold" if len({point.threshold for point in points}) > 1 else "eval_capacity_factor"
+    lines: dict[float | None, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.moe_flops):
+        lines.setdefault(point.eval_capacity_factor if swept == "threshold" else None, []).append(point)
+    for factor, line in lines.items():
+        label = "no capacity" if factor is None else f"capacity factor {factor:g}"
+        axes.plot([p.moe_flops for p in line], [p.perplexity for p in line], marker="o", label=label)
+        for point in line:
+            value = getattr(point, swept)
+            text = "none" if value is None else f"{value:g}"
+            axes.annotate(text, (point.moe_flops, point.perplexity), xytext=(4, 4), textcoords="offset points")
+    axes.set_title(f"at each point: {'t' if swept == 'threshold' else 'capacity factor'}", fontsize="medium")
+    axes.set_xlabel("FLOPs of the MoE layers, relative to the dense FFN")
+    axes.set_ylabel("perplexity")
+    if len(lines) > 1:
+        axes.legend()
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=150)
+    plt.close(figure)
+    partial.replace(path)
+
+
+def factor_or_none(text: str) -> float | None:
+    """``none``: no capacity."""
+    return None if text.lower() == "none" else float(text)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.sweep",
+        description=__doc__,
+        epilog="Writes OUT.json and OUT.png. Exit: 0 done, 1 failed, 2 bad arguments.",
+    )
+    parser.add_argument("data", help="folder of fairseq-preprocess")
+    parser.add_argument("--path", required=True, help="checkpoint")
+    parser.add_argument("--threshold", type=float, nargs="+", default=[], help="values of moe_threshold, in [0, 1]")
+    parser.add_argument(
+        "--eval-capacity-factor",
+        type=factor_or_none,
+        nargs="+",
+        default=[],
+        help="values of moe_eval_capacity_factor, > 0, or none; with a capacity results depend on the batches",
+    )
+    parser.add_argument("--gen-subset", default="test", help="split to evaluate (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a batch (default: %(default)s)")
+    parser.add_argument("--model-overrides", default="{}", help="further settings, as of fairseq-generate")
+    parser.add_argument("--user-dir", help="package with routers of your own; xmoe_fairseq is always there")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--out", default="sweep", help="path without ending (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not args.threshold and not args.eval_capacity_factor:
+        parser.error("give --threshold or --eval-capacity-factor, or both")
+    return args
+
+
+def run(args: argparse.Namespace) -> list[Point]:
+    """Measure every setting and write both files. Raises: ValueError, OSError."""
+    files.check_writable(f"{args.out}.json")
+    overrides = ast.literal_eval(args.model_overrides)
+    loaded = load(args.path, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
+    corpus = binarised(loaded, args.gen_subset)
+    points = sweep(loaded, corpus, args.max_tokens, args.threshold, args.eval_capacity_factor)
+    report = {
+        "checkpoint": str(args.path),
+        "data": str(args.data),
+        "subset": args.gen_subset,
+        "sentences": len(corpus.indices),
+        "too_long": corpus.num_skipped,
+        "max_tokens": args.max_tokens,
+        "model_overrides": overrides,
+        "points": [asdict(point) for point in points],
+    }
+    draw(points, Path(f"{args.out}.png"))
+    files.write_json(f"{args.out}.json", report)
+    return points
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
+    try:
+        points = run(args)
+    except (ValueError, OSError, SyntaxError) as error:
+        print(f"sweep: error: {error}", file=sys.stderr)
+        return 1
+    shown = ("threshold", "eval_capacity_factor", "moe_flops", "experts_per_token", "nll", "perplexity")
+    rows = [[getattr(point, name) for name in shown] for point in points]
+    print(tabulate(rows, shown, tablefmt="github", floatfmt=".4g", missingval="none"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+#!/usr/bin/env bash
+set -euo pipefail
+usage() {
+    cat <<'TEXT'
+Usage: scripts/train_wmt23.sh --pair SRC-en --method NAME [options]
+
+One cell of the paper's Table 3, from nothing to a score: download, clean, learn subwords, binarise (once for all
+methods of a pair), then train, average, translate the paper's test set and score it (scripts/run_pair.sh). Ends with
+OUT/scores.json and OUT/report.md; lay the cells beside the paper's with python -m eval.table.
+
+  --pair SRC-en         SRC is uk, de, ru, he or zh
+  --method NAME         a file of train_configs/wmt23/; they are listed below
+  --gpus N              GPUs that train together (default: 4); tokens per update stay those of 4 GPUs. 0: the CPU
+  --seed N              seed of the training (default: 1)
+  --data DIR            text and binary data of the pair (default: runs/wmt23/SRC-en/data at the project's root)
+  --out DIR             the run (default: runs/wmt23/SRC-en/NAME/seedN)
+  --raw DIR             take DIR/{train,valid,test}.{SRC,en} as they are instead of downloading
+  --test-set NAME       what the test set of --raw is, kept in scores.json (default: test)
+  --recipes WHAT        passed to data_prep/download_wmt23.sh
+  --language-id NAME    py3langid (default; needs pip install py3langid==0.4.0) or none, for cleaning
+  --vocab-size N        joint subwords (default: 32000)
+  --configs DIR         other sizes, such as train_configs/small (default: train_configs/wmt23)
+  --average WHICH:N     checkpoints to average: best:N (default: best:5) by validation loss, or last:N
+  --set KEY=VALUE       change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
+  --launcher WORDS      what starts the training on several nodes (scripts/slurm/several_nodes.sbatch sets it; default
+                        with several GPUs: torchrun on this machine, its ranks meeting on the loopback interface)
+  --workers N           processes of cleaning and binarising (default: the number of cores)
+  --dry-run             print the commands, ready to be copied, and run nothing
+  -h, --help            this text
+
+A finished stage is kept; after an interruption the same command continues. Cells of one pair may be started together:
+all but one wait for the data. Needs scripts/setup.sh, and python3 with venv and the internet for the download.
+Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments.
+TEXT
+    printf 'Methods: %s\n' "$(list_methods)"
+}
+# shellcheck source=scripts/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+pair='' method='' gpus=4 seed=1 data='' run_out='' raw='' test_set='' recipes='' language_id=py3langid
+vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(nproc)
+average=best:5 settings=()
+
+list_methods() {
+    local file names=''
+    for file in "$configs"/*.yaml; do names+=" $(basename "$file" .yaml)"; done
+    printf '%s\n' "${names# }"
+}
+
+while (($#)); do
+    case $1 in
+    -h | --help) usage && exit 0 ;;
+    --dry-run) dry_run=yes && shift && continue ;;
+    esac
+    need_value "$1" $#
+    case $1 in
+    --pair) pair=$2 ;;
+    --method) method=$2 ;;
+    --gpus) gpus=$2 ;;
+    --seed) seed=$2 ;;
+    --data) data=$2 ;;
+    --out) run_out=$2 ;;
+    --raw) raw=$2 ;;
+    --test-set) test_set=$2 ;;
+    --recipes) recipes=$2 ;;
+    --language-id) language_id=$2 ;;
+    --vocab-size) vocab_size=$2 ;;
+    --configs) configs=$(absolute "$2") ;;
+    --set) settings+=("$2") ;;
+    --launcher) launcher=$2 ;;
+    --average) average=$2 ;;
+    --workers) workers=$2 ;;
+    *) die "unknown argument $1; see --help" 2 ;;
+    esac
+    shift 2
+done
+
+check_arguments() {
+    [[ -n $pair && -n $method ]] || die '--pair and --method are needed; see --help' 2
+    case $pair in # the test sets of the paper's Table 4
+    uk-en | he-en) test_set=${test_set:-${raw:+test}} test_set=${test_set:-flores200.devtest} ;;
+    de-en | ru-en | zh-en) test_set=${test_set:-${raw:+test}} test_set=${test_set:-wmt22} ;;
+    *) die "--pair must be one of uk-en, de-en, ru-en, he-en, zh-en; got '$pair'" 2 ;;
+    esac
+    [[ -f $configs/$method.yaml ]] || die "--method is one of: $(list_methods); got '$method'" 2
+    need_whole_number --gpus "$gpus" 0
+    need_whole_number --seed "$seed" 0
+    need_whole_number --vocab-size "$vocab_size" 1
+    need_whole_number --workers "$workers" 1
+    [[ $language_id == py3langid || $language_id == none ]] ||
+        die "--language-id is py3langid or none, got '$language_id'" 2
+    [[ -z $raw || -z $recipes ]] || die '--raw replaces the download; leave out --recipes' 2
+}
+
+# What would fail only after hours of downloading or cleaning.
+check_machine() {
+    local seen
+    if [[ $language_id == py3langid ]] && ! python -c 'import py3langid' 2>/dev/null; then
+        die 'py3langid is missing: pip install py3langid==0.4.0, or --language-id none'
+    fi
+    [[ -z $launcher && $gpus != 0 ]] || return 0
+    seen=$(python -c 'import torch; print(torch.cuda.device_count())')
+    ((seen >= gpus)) || die "--gpus $gpus, but torch sees $seen; lower it (0 trains on the CPU)"
+}
+
+# The YAML counts batches per update for 4 GPUs; with others the tokens of an update must stay the same.
+set_update_freq() {
+    local batches
+    batches=$(sed -n 's/^  update_freq: \[\([0-9]*\)\].*/\1/p' "$configs/$method.yaml")
+    [[ -n $batches ]] && ((gpus > 0 && gpus != 4)) || return 0
+    ((4 * batches % gpus == 0)) ||
+        die "--gpus $gpus: an update has $((4 * batches)) batches, which $gpus GPUs cannot share; give a divisor" 2
+    settings=("optimization.update_freq=[$((4 * batches / gpus))]" ${settings[@]+"${settings[@]}"})
+}
+
+clean_text() {
+    run python -m data_prep.clean --pair "$pair" --input "$raw/train" --output "$data/clean/train" \
+        --exclude "$raw/valid" "$raw/test" --language-id "$language_id" --workers "$workers"
+}
+
+learn_subwords() {
+    run python -m data_prep.subwords learn --vocab-size "$vocab_size" --out "$data/subwords" \
+        --inputs "$data/clean/train.$source_language" "$data/clean/train.en"
+}
+
+binarise() {
+    run bash "$root/data_prep/binarise.sh" --pair "$pair" --train "$data/clean/train" --valid "$raw/valid" \
+        --test "$raw/test" --subwords "$data/subwords" --out "$data/bin" --workers "$workers"
+}
+
+prepare_data() {
+    local raw_files clean_files=("$data/clean/train.$source_language" "$data/clean/train.en")
+    if [[ -z $raw ]]; then
+        raw=$data/raw
+        run bash "$root/data_prep/download_wmt23.sh" --pair "$pair" --out "$data" ${recipes:+--recipes "$recipes"}
+    fi
+    raw_files=("$raw"/{train,valid,test}."$source_language" "$raw"/{train,valid,test}.en)
+    stage clean clean_text "$pair $language_id" "${raw_files[@]}"
+    stage subwords learn_subwords "$vocab_size" "${clean_files[@]}"
+    stage binarise binarise "$pair" "${raw_files[@]}" "${clean_files[@]}" "$data/subwords/dict.txt"
+}
+
+# On one machine the ranks need no network: they meet and talk on the loopback interface.
+local_launcher() {
+    printf '%s ' env NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo torchrun --nnodes=1 "--nproc-per-node=$gpus" \
+        --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1 --no-python
+}
+
+train_and_score() {
+    local setting command=(bash "$root/scripts/run_pair.sh" --pair "$pair" --test "$raw/test" --out "$run_out"
+        --seed "$seed" --data-bin "$data/bin" --subword-model "$data/subwords" --test-set "$test_set"
+        --config "$configs/$method.yaml" --average "$average")
+    if ((gpus == 0)); then
+        command+=(--device cpu)
+    else
+        command+=(--device cuda --set "distributed_training.distributed_world_size=$gpus")
+    fi
+    if ((gpus > 1)); then
+        command+=(--launcher "${launcher:-$(local_launcher)}")
+    fi
+    for setting in ${settings[@]+"${settings[@]}"}; do command+=(--set "$setting"); done
+    if [[ -n $dry_run ]]; then
+        printf '\n# train and score: this command, which runs what follows it\n# '
+        run "${command[@]}"
+    fi
+    "${command[@]}" ${dry_run:+--dry-run}
+}
+
+check_arguments
+source_language=${pair%-*}
+data=$(absolute "${data:-$root/runs/wmt23/$pair/data}")
+run_out=$(absolute "${run_out:-$root/runs/wmt23/$pair/$method/seed$seed}")
+[[ -z $raw ]] || raw=$(absolute "$raw")
+[[ -z $recipes || $recipes == *://* ]] || recipes=$(absolute "$recipes")
+use_environment
+set_update_freq
+# Read by lib.sh: the stages here are those of the data.
+# shellcheck disable=SC2034
+out=$data stages=(clean subwords binarise) results=()
+if [[ -n $dry_run ]]; then
+    printf 'cd %q\n' "$root"
+    cd "$root"
+    prepare_data
+else
+    check_machine
+    cd "$root"
+    mkdir -p "$data/.stages"
+    trap report_failed_stage EXIT
+    if command -v flock >/dev/null; then
+        exec 8>"$data/.stages/wait"
+        flock -n 8 || { log "waiting for the data that another run prepares in $data" && flock 8; }
+    fi
+    prepare_data
+    exec 8>&-
+fi
+train_and_score
+[[ -n $dry_run ]] || log "beside the paper: python -m eval.table --cell $method $pair $run_out/scores.json"

@@ -1,0 +1,94 @@
+"""A tiny translation model whose routing is set by hand: which experts a token takes depends on its id alone."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from torch import Tensor, nn
+
+import xmoe_fairseq
+from eval.analysis.loading import Loaded, moe_layers
+from xmoe_fairseq.moe.plan import Choices
+from xmoe_fairseq.moe.routers.base import rank_matrix
+
+assert xmoe_fairseq  # importing it registers the architectures
+
+SYMBOLS = ("▁a", "b", "▁12", ",")
+# token id -> {expert: weight}, first choice first; </s> is 2
+TABLE = {2: {0: 0.5, 1: 0.3, 2: 0.1}, 4: {0: 0.9}, 5: {1: 0.6, 0: 0.25}, 6: {2: 1.0}, 7: {1: 0.75}}
+COLLAPSED = {token: {3: 1.0} for token in TABLE}
+EXPERTS = 4
+
+
+class HandRouter(nn.Module):
+    """Chooses by a table from token ids to experts and weights."""
+
+    def __init__(self, table: dict[int, dict[int, float]]) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor) -> Choices:
+        size = (token_ids_T.numel(), EXPERTS)
+        expert_TK = torch.arange(EXPERTS).expand(size).clone()
+        chosen_TK, weight_TE = torch.zeros(size, dtype=torch.bool), torch.zeros(size)
+        for row, token in enumerate(token_ids_T.tolist()):
+            wanted = self.table.get(token, {})
+            rest = [e for e in range(EXPERTS) if e not in wanted]
+            expert_TK[row] = torch.tensor([*wanted, *rest])
+            chosen_TK[row, : len(wanted)] = True
+            for expert, weight in wanted.items():
+                weight_TE[row, expert] = weight
+        rank_TE = rank_matrix(expert_TK, chosen_TK, EXPERTS, real_T)
+        return Choices(rank_TE, weight_TE, weight_TE, balance=None, entropy=torch.tensor(0.5))
+
+
+def dictionary() -> Dictionary:
+    words = Dictionary()
+    for symbol in SYMBOLS:
+        words.add_symbol(symbol)
+    return words
+
+
+def build(arch: str = "xmoe_transformer_tiny", **settings: Any) -> Loaded:
+    """Two encoder layers and one decoder layer of width 8; experts of 4 hidden units for a dense FFN of 8."""
+    torch.manual_seed(1)
+    words = dictionary()
+    cfg = SimpleNamespace(left_pad_source=True, left_pad_target=False, source_lang="xx", target_lang="en")
+    task = SimpleNamespace(source_dictionary=words, target_dictionary=words, cfg=cfg, max_positions=lambda: (16, 16))
+    sizes = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {"embed_dim": 8, "attention_heads": 2, "ffn_embed_dim": 8, "layers": 2}.items()
+    }
+    sizes |= {"decoder_layers": 1, "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0}
+    moe = {"moe_num_experts": EXPERTS, "moe_expert_dim": 4, "moe_interval": 1} if "moe" in arch else {}
+    args = Namespace(**sizes, **moe, **settings)
+    ARCH_CONFIG_REGISTRY[arch](args)
+    model = ARCH_MODEL_REGISTRY[arch].build_model(args, task).eval()
+    return Loaded("tiny.pt", model, task, SimpleNamespace(model=args), 10, torch.device("cpu"))
+
+
+def hand_routed() -> Loaded:
+    """MoE layers in the encoder: the first by TABLE, the second collapsed onto expert 3; the decoder is dense."""
+    loaded = build(moe_sides="encoder")
+    for layer, table in zip(moe_layers(loaded.model).values(), (TABLE, COLLAPSED), strict=True):
+        layer.router = HandRouter(table)
+        experts = layer.experts
+        with torch.no_grad():
+            experts.w1.zero_()
+            experts.w2.zero_()
+            experts.b1[:] = torch.tensor([1.0, 1.0, -1.0, -1.0])  # half of the hidden units are positive
+            experts.b1[3] = -1.0  # none of expert 3
+            experts.b2[:] = torch.eye(8)[0]
+            experts.b2[2] = -torch.eye(8)[0]
+            experts.b2[3] = torch.eye(8)[1]
+    dense = loaded.model.decoder.layers[0].fc1
+    with torch.no_grad():
+        dense.weight.zero_()
+        dense.bias[:] = torch.tensor([1.0] * 6 + [-1.0] * 2)
+    return loaded

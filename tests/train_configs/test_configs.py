@@ -1,0 +1,230 @@
+"""Every YAML of train_configs/: known settings only, the model its name promises, and fair against its neighbours."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import models, registry, tasks
+from fairseq.data import Dictionary
+from fairseq.data.data_utils import collate_tokens
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.dataclass.utils import merge_with_parent
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+import xmoe_fairseq  # noqa: F401  registers the architectures and the criterions
+from xmoe_fairseq.moe import MoELayer
+
+FOLDER = Path(__file__).parents[2] / "train_configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*/*.yaml"))
+TRANSLATION = [path for path in CONFIGS if path.parent.name in ("wmt23", "small", "demo")]
+GROUPS = ("task", "model", "criterion", "optimizer", "lr_scheduler")
+# Settings of the model in which files of one folder may differ, moe_* and the architecture aside.
+MAY_DIFFER = {"checkpoint_activations"}
+ROUTERS = {
+    "xmoe": "threshold",
+    "dense_as_xmoe": "threshold",
+    "switch": "switch",
+    "top_k": "top_k",
+    "hash": "hash",
+    "base": "base",
+    "adamoe": "adamoe",
+    "meo": "top_k",
+}
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+@functools.cache
+def composed(path: Path) -> DictConfig:
+    """What fairseq-hydra-train --config-dir --config-name makes of a file, before fairseq fills in defaults."""
+    GlobalHydra.instance().clear()
+    hydra_init(path.stem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with initialize_config_dir(config_dir=str(path.parent), version_base="1.1"):
+            return compose(config_name=path.stem)
+
+
+def known_settings(group: str, name: str) -> set[str]:
+    """The settings of a task, model, criterion, optimiser or scheduler; those of a model are its flags."""
+    if group == "model":
+        parser = argparse.ArgumentParser()
+        models.ARCH_MODEL_REGISTRY[name].add_args(parser)
+        return {action.dest for action in parser._actions}
+    registered = tasks.TASK_DATACLASS_REGISTRY
+    if group != "task":
+        registered = registry.REGISTRIES[group]["dataclass_registry"]
+    return set(registered[name].__dataclass_fields__)
+
+
+def check_settings(config: DictConfig) -> None:
+    """ValueError for a setting that nobody reads; the groups without a _name were checked by hydra."""
+    for group, values in config.items():
+        if OmegaConf.is_dict(values) and values.get("_name") and group in GROUPS:
+            unknown = set(values) - known_settings(group, values._name) - {"_name"}
+            if unknown:
+                raise ValueError(f"{group}: unknown {sorted(unknown)}")
+
+
+def filled(path: Path) -> DictConfig:
+    """As `composed`, with fairseq's defaults, as its training sees it."""
+    config = composed(path).copy()
+    add_defaults(config)
+    return config
+
+
+@functools.cache
+def built(path: Path, device: str = "meta") -> torch.nn.Module:
+    dictionary = Dictionary()
+    for number in range(32):
+        dictionary.add_symbol(str(number))
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    with torch.device(device):
+        return models.build_model(filled(path).model, task)
+
+
+def moe_layers(model: torch.nn.Module) -> list[MoELayer]:
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def promised(path: Path) -> tuple[str, tuple[int, int] | None]:
+    """Method, and experts and hidden units if the name tells them: ``xmoe_64x1024``."""
+    method, _, sizes = path.stem.rpartition("_")
+    if "x" in sizes and sizes.replace("x", "").isdigit():
+        experts, hidden = map(int, sizes.split("x"))
+        return method, (experts, hidden)
+    return path.stem, None
+
+
+def test_every_method_has_its_file_in_every_size():
+    small = {"dense", "switch", "top_k", "xmoe", "hash", "base", "adamoe", "meo", "dense_as_xmoe"}
+    assert {path.stem for path in (FOLDER / "demo").glob("*.yaml")} == small
+    assert {path.stem for path in (FOLDER / "small").glob("*.yaml")} == small
+    assert {promised(path)[0] for path in (FOLDER / "wmt23").glob("*.yaml")} == small
+
+
+@pytest.mark.parametrize("path", TRANSLATION, ids=name_of)
+def test_every_setting_exists_and_has_the_right_type(path):
+    config = composed(path)
+    check_settings(config)
+    assert config.task._name == "translation"
+    for group in ("criterion", "optimizer", "lr_scheduler"):
+        dataclasses = registry.REGISTRIES[group]["dataclass_registry"]
+        merge_with_parent(dataclasses[config[group]._name](), config[group])
+
+
+@pytest.mark.parametrize(
+    "misspelt",
+    [
+        "common.log_intervall",
+        "dataset.max_token",
+        "optimization.update_frequency",
+        "checkpoint.patients",
+        "task.source_language",
+        "model.moe_treshold",
+        "model.dropuot",
+        "criterion.balance_weight",
+        "optimizer.adam_beta",
+        "lr_scheduler.warmup",
+    ],
+)
+def test_a_misspelt_setting_fails(tmp_path, misspelt):
+    config = OmegaConf.load(FOLDER / "wmt23" / "xmoe_64x1024.yaml")
+    OmegaConf.update(config, misspelt, 1)
+    OmegaConf.save(config, tmp_path / "misspelt.yaml")
+    with pytest.raises((ConfigCompositionException, ValueError)) as caught:
+        check_settings(composed(tmp_path / "misspelt.yaml"))
+    assert misspelt.partition(".")[2] in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize("path", TRANSLATION, ids=name_of)
+def test_the_model_is_the_one_that_the_name_promises(path):
+    method, sizes = promised(path)
+    model = built(path)
+    layers = moe_layers(model)
+    if method == "dense":
+        assert layers == []
+        return
+    assert len(layers) == len(model.encoder.layers) // 2 + len(model.decoder.layers) // 2
+    for layer in layers:
+        config = layer.config
+        assert config.router == ROUTERS[method]
+        assert config.merge_experts == (method == "meo")
+        assert config.eval_capacity_factor is None, "a translation must not depend on its batch"
+        assert sizes in (None, (config.num_experts, config.expert_dim))
+
+
+@pytest.mark.parametrize("folder", ["wmt23", "small", "demo"])
+def test_methods_of_a_folder_have_equal_experts_and_equal_flops(folder):
+    dense_dim = built(FOLDER / folder / "dense.yaml").encoder.layers[0].fc1.out_features
+    parameters = {}
+    for path in (FOLDER / folder).glob("*.yaml"):
+        method, _ = promised(path)
+        if method == "dense":
+            continue
+        config = moe_layers(built(path))[0].config
+        rows = {
+            "dense_as_xmoe": config.num_experts,
+            "meo": 1,
+            "adamoe": (config.top_k or 0) * config.num_experts / (config.num_experts + config.num_null_experts),
+        }.get(method, config.top_k or config.capacity_factor)
+        if path.stem != "meo_64x1024":  # half the FLOPs, as the file says
+            assert rows * config.expert_dim == dense_dim, path
+        if method == "dense_as_xmoe":
+            assert (config.threshold, config.capacity_factor) == (1.0, None)
+            continue
+        assert config.capacity_factor == (None if method == "meo" else rows), path
+        parameters[path.stem] = config.num_experts * config.expert_dim
+    assert len(set(parameters.values())) == 1, parameters
+
+
+@pytest.mark.parametrize("folder", ["wmt23", "small", "demo"])
+def test_files_of_a_folder_differ_in_model_and_criterion_only(folder):
+    dense = OmegaConf.to_container(OmegaConf.load(FOLDER / folder / "dense.yaml"))
+    for path in (FOLDER / folder).glob("*.yaml"):
+        config = OmegaConf.to_container(OmegaConf.load(path))
+        assert {**config, "model": 0, "criterion": 0} == {**dense, "model": 0, "criterion": 0}, path
+        assert shared(config["model"]) == shared(dense["model"]), path
+        assert config["criterion"]["label_smoothing"] == dense["criterion"]["label_smoothing"]
+
+
+def shared(model: dict) -> dict:
+    return {
+        name: value
+        for name, value in model.items()
+        if not name.startswith(("moe_", "_name")) and name not in MAY_DIFFER
+    }
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "demo").glob("*.yaml")), ids=name_of)
+def test_every_parameter_gets_a_gradient(path):
+    """torch's DistributedDataParallel, fairseq's default on several GPUs, stops where one gets none."""
+    torch.manual_seed(0)
+    model = built(path, device="cpu")
+    dictionary = model.decoder.dictionary
+    config = filled(path).criterion
+    config.sentence_avg = False
+    task = SimpleNamespace(target_dictionary=dictionary)
+    criterion = registry.REGISTRIES["criterion"]["registry"][config._name].build_criterion(config, task)
+    rows = [torch.randint(4, len(dictionary), (length,)) for length in (3, 9, 12, 5)]
+    tokens = collate_tokens(rows, dictionary.pad())
+    lengths = torch.tensor([len(row) for row in rows])
+    sample = {
+        "net_input": {"src_tokens": tokens, "src_lengths": lengths, "prev_output_tokens": tokens},
+        "target": tokens,
+        "ntokens": int(lengths.sum()),
+    }
+    criterion(model.train(), sample)[0].backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
