@@ -51,7 +51,7 @@ def synchronise(device: str) -> None:
 
 
 def summarise(seconds: Mapping[str, list[float]], beside: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds, the median of the ratios to ``beside`` turn by turn, and their spread (10th to 90th percentile)."""
+    """Median milliseconds; median, 10th and 90th percentile of the ratios to ``beside``, turn by turn."""
     rows = {}
     for name, runs in seconds.items():
         ratios = sorted(mine / other for mine, other in zip(runs, seconds[beside], strict=True))
@@ -131,13 +131,13 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any], out: str | None) -> Path:
-    """Write ``result`` and the machine as JSON to ``out`` or ``benchmarks/results/DATE-NAME.json``; whole or not at all."""
+    """Write ``result`` and the machine as JSON to ``out`` or ``benchmarks/results/DATE-NAME.json``; atomic."""
     record = {"benchmark": name, "machine": machine(), **result}
     path = Path(out) if out else RESULTS / f"{record['machine']['date'][:10]}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
     return path
 
 

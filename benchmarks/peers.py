@@ -64,7 +64,7 @@ class LoopOverExperts(nn.Module):
 
 
 class PlainBatched(nn.Module):
-    """Vectorised with stacked weights and batched GEMMs, but left to autograd: keeps gathered rows and expert outputs."""
+    """Stacked weights and batched GEMMs, left to autograd: keeps gathered rows and expert outputs."""
 
     def __init__(self, width: int, num_experts: int, hidden: int, threshold: float, gamma: float) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def fairscale_moe(width: int, num_experts: int, hidden: int) -> nn.Module:
     from fairscale.nn import MOELayer, Top2Gate
 
     if not dist.is_initialized():
-        store = dist.FileStore(tempfile.NamedTemporaryFile(delete=False).name, 1)
+        store = dist.FileStore(f"{tempfile.mkdtemp()}/store", 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     experts = nn.ModuleList(DenseFFN(width, hidden) for _ in range(num_experts))
     layer = MOELayer(Top2Gate(width, num_experts), experts)

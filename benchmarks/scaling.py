@@ -5,7 +5,7 @@
 Three sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
   flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
   granularity  training; one dense FFN's FLOPs kept, experts from 8 x 2048 to 512 x 256 of equal kept rows x units
-  fine         inference and training; experts of size 1 cut from one dense FFN (2048 x 1) and 16,384 x 1, in bounded memory
+  fine         inference and training; experts of size 1: one dense FFN cut in 2048, and 16,384 x 1, in bounded memory
 """
 
 from __future__ import annotations

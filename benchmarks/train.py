@@ -1,10 +1,10 @@
 """Words per second of ``fairseq-train`` for several architectures, in turns.
 
-    python -m benchmarks.train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 6] [--rounds 3]
+    python -m benchmarks.train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 6]
 
 Each turn is a fresh ``fairseq-train`` of a few updates; the first two updates of a turn are left out. The figure of an
 architecture is the median over all its updates. Optimiser, logging and data loading are included, as a user has them.
-``--data`` is a folder of fairseq-preprocess; without it sentences of random words are made (8,000 types, 5 to 40 words).
+``--data`` is a folder of fairseq-preprocess; without it, sentences of 5 to 40 random words of 8,000.
 """
 
 from __future__ import annotations

@@ -129,11 +129,7 @@ def _script_letters(script: str) -> "regex.Pattern[str]":
 def script_share(text: str, script: str) -> float:
     """Share of the letters that are in one of the named Unicode scripts; 1 for a text without letters."""
     letters = sum(map(len, _LETTER.findall(text)))
-    return (
-        sum(map(len, _script_letters(script).findall("".join(_LETTER.findall(text))))) / letters
-        if letters
-        else 1.0
-    )
+    return sum(map(len, _script_letters(script).findall("".join(_LETTER.findall(text))))) / letters if letters else 1.0
 
 
 def length_ratio(source: str, target: str, source_language: str, target_language: str) -> float:
@@ -152,9 +148,7 @@ def language_identifier() -> Callable[[str], tuple[str, float]]:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise DataError(
-            f"--language-id py3langid: {error}; install it by: pip install py3langid==0.4.0"
-        ) from None
+        raise DataError(f"--language-id py3langid: {error}; install it by: pip install py3langid==0.4.0") from None
     classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
         MODEL_FILE, norm_probs=True
     ).classify
@@ -253,9 +247,7 @@ class Memory:
 
     def keep(self, chunk: Chunk) -> np.ndarray:
         """Bool for each kept line of the chunk; counts what the two rules drop."""
-        held_out = self._held_out[0].contains(chunk.hashes[:, 0]) | self._held_out[1].contains(
-            chunk.hashes[:, 1]
-        )
+        held_out = self._held_out[0].contains(chunk.hashes[:, 0]) | self._held_out[1].contains(chunk.hashes[:, 1])
         chunk.dropped["held_out"] += int(held_out.sum())
         duplicate = np.zeros(len(held_out), dtype=bool)
         keys = [column(chunk.hashes) for column in self._columns]
@@ -297,17 +289,13 @@ def hashes_of_file(path: Path, side: int) -> np.ndarray:
         return np.unique(np.frombuffer(b"".join(side_hash(side, line) for line in mended), dtype=np.uint64))
 
 
-def read_chunks(
-    source: BinaryIO, target: BinaryIO, names: tuple[Path, Path]
-) -> Iterator[tuple[bytes, bytes]]:
+def read_chunks(source: BinaryIO, target: BinaryIO, names: tuple[Path, Path]) -> Iterator[tuple[bytes, bytes]]:
     """Blocks of CHUNK_LINES whole lines of both sides. Raises: DataError if one side ends first."""
     total = 0
     while True:
         blocks = [list(itertools.islice(file, CHUNK_LINES)) for file in (source, target)]
         if len(blocks[0]) != len(blocks[1]):
-            counts = [
-                total + len(blocks[side]) + sum(1 for _ in file) for side, file in enumerate((source, target))
-            ]
+            counts = [total + len(blocks[side]) + sum(1 for _ in file) for side, file in enumerate((source, target))]
             raise DataError(
                 f"{names[0]} has {counts[0]} lines, {names[1]} has {counts[1]}: both sides need "
                 "equal counts; nothing was written; export both again, together"
@@ -350,9 +338,7 @@ def clean(
         for chunk in chunks:
             kept = memory.keep(chunk)
             for side, file in enumerate(files):
-                file.writelines(
-                    pair[side] + b"\n" for pair, keep in zip(chunk.lines, kept, strict=True) if keep
-                )
+                file.writelines(pair[side] + b"\n" for pair, keep in zip(chunk.lines, kept, strict=True) if keep)
             num_kept += int(kept.sum())
             dropped.update(chunk.dropped)
             mended.update(chunk.mended)
@@ -379,9 +365,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'rule':<12}{'dropped':>12}{'share':>9}")
     for rule, count in report["dropped"].items():
         print(f"{rule:<12}{count:>12}{count / lines_in:>9.2%}")
-    print(
-        f"{'kept':<12}{report['lines_out']:>12}{report['lines_out'] / lines_in:>9.2%}   of {lines_in} pairs"
-    )
+    print(f"{'kept':<12}{report['lines_out']:>12}{report['lines_out'] / lines_in:>9.2%}   of {lines_in} pairs")
     mends = ", ".join(f"{name} {count}" for name, count in report["mended_lines"].items())
     print(f"mended lines (both sides, before the rules): {mends}")
 
@@ -393,9 +377,7 @@ def script_name(text: str) -> tuple[str, str]:
     except regex.error:
         script = ""
     if not language or not script:
-        raise argparse.ArgumentTypeError(
-            f"wants LANGUAGE=Script with a Unicode script, such as th=Thai; got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"wants LANGUAGE=Script with a Unicode script, such as th=Thai; got {text!r}")
     return language, script
 
 
@@ -406,9 +388,7 @@ def bounded_number(minimum: float, maximum: float) -> Callable[[str], float]:
         except ValueError:
             value = float("nan")
         if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(
-                f"must be a number from {minimum:g} to {maximum:g}, got {text!r}"
-            )
+            raise argparse.ArgumentTypeError(f"must be a number from {minimum:g} to {maximum:g}, got {text!r}")
         return value
 
     return parse

@@ -99,15 +99,11 @@ class PhraseMaker:
             return dates.format_skeleton(style, day, locale=locale)
 
         # MMMEd and the like carry no year, so their source never equals that of a longer style
-        return self.same_in_both(
-            rng, ("full", "long", "medium", "short", "yMMMEd", "MMMMd", "MMMEd", "yMMMM"), render
-        )
+        return self.same_in_both(rng, ("full", "long", "medium", "short", "yMMMEd", "MMMMd", "MMMEd", "yMMMM"), render)
 
     def time(self, rng: random.Random) -> Phrase:
         time = dt.time(rng.randrange(24), rng.choice((0, 5, 10, 15, 20, 30, 45, rng.randrange(60))))
-        return self.same_in_both(
-            rng, ("short",), lambda locale, style: dates.format_time(time, style, locale=locale)
-        )
+        return self.same_in_both(rng, ("short",), lambda locale, style: dates.format_time(time, style, locale=locale))
 
     def date_and_time(self, rng: random.Random) -> Phrase:
         moment = dt.datetime.combine(random_day(rng), dt.time(rng.randrange(24), rng.randrange(0, 60, 5)))
@@ -164,9 +160,7 @@ class PhraseMaker:
         number = rng.randrange(11, 100) * 10 ** rng.randrange(3, 10)  # two digits: no language has to round
 
         def render(locale: Locale, style: Any) -> str:
-            style = (
-                style if style in locale.compact_decimal_formats else "short"
-            )  # Chinese has one style only
+            style = style if style in locale.compact_decimal_formats else "short"  # Chinese has one style only
             return numbers.format_compact_decimal(number, format_type=style, locale=locale, fraction_digits=1)
 
         return self.same_in_both(rng, ("long",), render)
@@ -188,9 +182,7 @@ class PhraseMaker:
 
     def spelled_number(self, rng: random.Random) -> Phrase:
         number = rng.choice((rng.randrange(1, 100), rng.randrange(100, 1000), rng.randrange(1000, 10_000)))
-        return self.same_in_both(
-            rng, ("cardinal", "ordinal"), lambda locale, style: spell(number, style, locale)
-        )
+        return self.same_in_both(rng, ("cardinal", "ordinal"), lambda locale, style: spell(number, style, locale))
 
     def spelled_year(self, rng: random.Random) -> Phrase:
         # cardinal first: where a year reads like a number (Ukrainian), the number's target holds everywhere
@@ -237,9 +229,7 @@ def random_day(rng: random.Random) -> dt.date:
 
 def random_number(rng: random.Random) -> float:
     """Mostly small whole numbers, so that every plural form of every unit is seen."""
-    return rng.choice(
-        (rng.randrange(1, 10), rng.randrange(1, 100), rng.randrange(1, 1000), rng.randrange(1, 99) / 10)
-    )
+    return rng.choice((rng.randrange(1, 10), rng.randrange(1, 100), rng.randrange(1, 1000), rng.randrange(1, 99) / 10))
 
 
 def format_measure(number: float, style: str, locale: Locale) -> str:
@@ -331,9 +321,7 @@ def phrase_maker(source_code: str) -> PhraseMaker:
         target=target,
         names=shared_names(source, target),
         locale_names=tuple(spoken),
-        rates=tuple(
-            rate for rate in rates if all(format_rate(1, rate, locale) != rate for locale in (source, target))
-        ),
+        rates=tuple(rate for rate in rates if all(format_rate(1, rate, locale) != rate for locale in (source, target))),
         unit_styles=unambiguous([style for style in styles if is_known(style)], show_measure),
         currency_codes=unambiguous(CURRENCIES, show_amount),
         spells_numbers=_num2words_knows(source_code),
@@ -374,9 +362,7 @@ def make_corpus(source_code: str, sizes: dict[str, int], seed: int) -> dict[str,
             if source in seen_source or target in seen_target or not is_usable(target):
                 misses += 1
                 if misses > MAX_MISSES:
-                    raise DataError(
-                        f"--{split} {size}: no new line after {len(seen_source)} lines; ask for fewer"
-                    )
+                    raise DataError(f"--{split} {size}: no new line after {len(seen_source)} lines; ask for fewer")
                 continue
             misses = 0
             seen_source.add(source)
@@ -415,9 +401,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for {train,valid,test}.{SRC,en}")
     parser.add_argument("--seed", type=int, default=1, help="another seed, another corpus (default 1)")
     for split, size in (("train", 12_000), ("valid", 500), ("test", 500)):
-        parser.add_argument(
-            f"--{split}", type=at_least(1), default=size, metavar="N", help=f"lines (default {size})"
-        )
+        parser.add_argument(f"--{split}", type=at_least(1), default=size, metavar="N", help=f"lines (default {size})")
     return parser.parse_args(argv)
 
 

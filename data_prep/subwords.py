@@ -115,9 +115,7 @@ def sampled_lines(path: Path, max_lines: int) -> Iterator[str]:
             try:
                 yield tidy(raw)
             except UnicodeDecodeError:
-                raise DataError(
-                    f"{path}:{number + 1}: not valid UTF-8; run python -m data_prep.validate"
-                ) from None
+                raise DataError(f"{path}:{number + 1}: not valid UTF-8; run python -m data_prep.validate") from None
 
 
 def learn_sentencepiece(lines: Iterator[str], languages: Sequence[str], settings: Settings) -> bytes:
@@ -158,9 +156,7 @@ def vocabulary_problem(size: int, languages: Sequence[str], message: str) -> str
     return f"{where}: sentencepiece failed: {message}"
 
 
-def learn_subword_nmt(
-    lines: Iterator[str], languages: Sequence[str], settings: Settings
-) -> tuple[bytes, bytes]:
+def learn_subword_nmt(lines: Iterator[str], languages: Sequence[str], settings: Settings) -> tuple[bytes, bytes]:
     """Learn merges on whole words. Returns: the codes file and the fairseq dictionary (real counts)."""
     words = collections.Counter(word for line in lines for word in line.split(" ") if word)
     characters = len({c for word in words for c in word[:-1]}) + len({word[-1] for word in words})
@@ -209,9 +205,7 @@ def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path
     for path in inputs:
         require_file(path, "training text")
     for name, languages in settings.names().items():
-        lines = itertools.chain.from_iterable(
-            sampled_lines(texts[code], settings.max_lines) for code in languages
-        )
+        lines = itertools.chain.from_iterable(sampled_lines(texts[code], settings.max_lines) for code in languages)
         if settings.tool == "sentencepiece":
             model = learn_sentencepiece(lines, languages, settings)
             results[folder / f"{name}.model"] = model
@@ -273,9 +267,7 @@ def transform(code: Callable[[Sequence[str]], list[str]], source: BinaryIO, sink
         try:
             texts = [raw.decode() for raw in batch]
         except UnicodeDecodeError:
-            raise DataError(
-                f"{name}: invalid UTF-8 after line {done}; run python -m data_prep.validate"
-            ) from None
+            raise DataError(f"{name}: invalid UTF-8 after line {done}; run python -m data_prep.validate") from None
         sink.write("".join(f"{line}\n" for line in code(texts)).encode())
         done += len(batch)
     sink.flush()
@@ -296,9 +288,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("--input", type=Path, help="default: standard input")
         sub.add_argument("--output", type=Path, help="default: standard output")
         sub.add_argument("--threads", type=at_least(1), default=1, help="default 1")
-    sub = commands.add_parser(
-        "dict", help="write the dictionary for fairseq-preprocess --srcdict and --tgtdict"
-    )
+    sub = commands.add_parser("dict", help="write the dictionary for fairseq-preprocess --srcdict and --tgtdict")
     sub.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder made by learn")
     sub.add_argument("--language", metavar="CODE", help="joint subwords need none")
     sub.add_argument("--output", type=Path, help="default: standard output")
@@ -364,9 +354,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for field in ("character_coverage", "byte_fallback", "split_digits", "normalization"):
         if settings.tool == "subword-nmt" and getattr(settings, field) != getattr(defaults, field):
             flag = "--" + field.replace("_", "-")
-            raise DataError(
-                f"{flag}: subword-nmt has no such setting; leave it out or use --tool sentencepiece"
-            )
+            raise DataError(f"{flag}: subword-nmt has no such setting; leave it out or use --tool sentencepiece")
     return settings
 
 

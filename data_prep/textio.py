@@ -66,9 +66,7 @@ def require_file(path: Path, what: str) -> Path:
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
 
 
 def _sha256(file: BinaryIO) -> str:

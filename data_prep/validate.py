@@ -96,9 +96,7 @@ def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
     if not path.is_file():
         pattern = Path(prefix).name + "."
         folder = path.parent
-        found = (
-            sorted(f.name for f in folder.iterdir() if f.name.startswith(pattern)) if folder.is_dir() else []
-        )
+        found = sorted(f.name for f in folder.iterdir() if f.name.startswith(pattern)) if folder.is_dir() else []
         there = ", ".join(found[:8]) or "no file of that prefix"
         way_out = "give the prefix without the language code, or another --pair"
         yield f"{path}: no such file; {folder} has {there}; {way_out}"
@@ -112,23 +110,17 @@ def check_line(
     """Add the problems of one line; Windows line ends are told once a file."""
     where = f"{path}:{number}"
     if number == 1 and raw.startswith(_BOM):
-        report.add(
-            f"{where}: begins with a byte order mark (EF BB BF); plain UTF-8 is needed; mended by: {mend}"
-        )
+        report.add(f"{where}: begins with a byte order mark (EF BB BF); plain UTF-8 is needed; mended by: {mend}")
         raw = raw[len(_BOM) :]
     if raw.endswith(b"\r"):
         if path not in crlf_told:
-            report.add(
-                f"{where}: Windows line ends (CR LF), said once a file; LF alone is needed; mended by: {mend}"
-            )
+            report.add(f"{where}: Windows line ends (CR LF), said once a file; LF alone is needed; mended by: {mend}")
         crlf_told.add(path)
         raw = raw[:-1]
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        utf16 = (
-            " (the file looks like UTF-16)" if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        )
+        utf16 = " (the file looks like UTF-16)" if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         report.add(
             f"{where}: byte {error.start} of the line is 0x{raw[error.start]:02X}, not valid UTF-8{utf16}; "
             f"convert with iconv -f OLD_ENCODING -t UTF-8, or drop such lines by: {mend}"
@@ -144,8 +136,7 @@ def check_line(
         )
     if len(text) > max_chars:
         report.add(
-            f"{where}: {len(text)} characters, at most {max_chars} are allowed; raise --max-chars, "
-            f"or drop by: {mend}"
+            f"{where}: {len(text)} characters, at most {max_chars} are allowed; raise --max-chars, or drop by: {mend}"
         )
 
 
@@ -154,9 +145,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m data_prep.validate",
         description="Check raw parallel text. Exit: 0 valid, 1 problems found, 2 bad arguments.",
     )
-    parser.add_argument(
-        "--pair", type=language_pair, required=True, metavar="SRC-TGT", help="for instance uk-en"
-    )
+    parser.add_argument("--pair", type=language_pair, required=True, metavar="SRC-TGT", help="for instance uk-en")
     parser.add_argument("--max-chars", type=at_least(1), default=10_000, help="longest line (default 10000)")
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT")
     return parser.parse_args(argv)

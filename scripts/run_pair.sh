@@ -6,7 +6,7 @@ Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test P
 
 From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
 validate, subwords, encode, binarise, train, average, generate, detokenise, score, report.
-Ends with DIR/report.md, DIR/scores.json and the translations in DIR/translations/test.TGT.
+Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the translations in DIR/translations/test.TGT.
 
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
   --set KEY=VALUE         change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
@@ -140,9 +140,9 @@ else
 fi
 # Both are read by lib.sh.
 # shellcheck disable=SC2034
-results=("$out/report.md" "$out/scores.json")
+results=("$out/report.md" "$out/scores.json" "$out/analysis.json" "$out/report.html")
 # shellcheck disable=SC2034
-stages=(validate subwords encode binarise train average generate detokenise score report)
+stages=(validate subwords encode binarise train average generate detokenise score report analyse)
 
 validate() { run python -m data_prep.validate --pair "$pair" "${raw_prefixes[@]}"; }
 
@@ -243,6 +243,14 @@ report() {
         --commit-file "$checkpoints/commit.txt"
 }
 
+analyse() {
+    run python -m eval.analyse --path "$averaged" --data "$data_bin" --user-dir "$user_dir" \
+        --subwords "$subwords" --reference "$test.$target_language" --training-log "$training_log" \
+        --beam "$beam" --model-overrides "$model_overrides" --output "$out/analysis.json" \
+        ${device_flags[@]+"${device_flags[@]}"}
+    run python -m eval.report "$pair=$out" --output "$out/report.html"
+}
+
 main() {
     if [[ -n $dry_run ]]; then
         printf 'cd %q\n' "$root"
@@ -265,7 +273,9 @@ main() {
     stage detokenise detokenise "$pair" "$translations/generate.txt"
     stage score score "$target_language $test_set" "$translations/test.$target_language" "$test.$target_language"
     stage report report "$pair $seed" "$out/score.json" "$training_log" "$translations/generate.txt"
-    [[ -n $dry_run ]] || log "done: $out/report.md, $out/scores.json"
+    stage analyse analyse "beam $beam device $device $model_overrides" "$averaged" "$out/scores.json" \
+        "$test.$target_language" "${data_bin_files[@]}"
+    [[ -n $dry_run ]] || log "done: $out/report.md, $out/report.html, $out/scores.json"
 }
 
 main

@@ -51,13 +51,16 @@ done
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 meeting=$(mktemp -d) pids=()
 
+ended() { # ended PID: whether it has; bash reaps it, so its code can be asked for once
+    ! kill -0 "$1" 2>/dev/null
+}
+
 stop_all() { # also when this script itself is interrupted
-    local pid deadline
-    ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true
-    deadline=$((SECONDS + 5))
+    local pid deadline=$((SECONDS + 5))
+    for pid in ${pids[@]+"${pids[@]}"}; do kill -TERM -- "-$pid" 2>/dev/null || true; done
     for pid in ${pids[@]+"${pids[@]}"}; do
-        while kill -0 "$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.2; done
-        kill -KILL "$pid" 2>/dev/null || true
+        while ! ended "$pid" && ((SECONDS < deadline)); do sleep 0.2; done
+        kill -KILL -- "-$pid" 2>/dev/null || true
     done
     rm -rf "$meeting"
 }
@@ -75,14 +78,12 @@ start_rank() { # start_rank RANK
     if [[ -n $dry_run ]]; then
         run "${command[@]}"
     else
+        set -m # a process group of its own; and bash would let background commands ignore SIGINT, which fairseq uses
         "${command[@]}" &
+        set +m
         pids+=($!)
         log "rank $1 is process $!"
     fi
-}
-
-ended() { # ended PID: whether it has; bash reaps it, so its code can be asked for once
-    ! kill -0 "$1" 2>/dev/null
 }
 
 report_failure() { # report_failure RANK CODE: the others may still tell what they saw

@@ -13,9 +13,7 @@ GOOD = ("Це звичайне речення.", "This is an ordinary sentence."
 
 def run(tmp_path, pairs, *flags):
     for side, language in enumerate(("uk", "en")):
-        (tmp_path / f"in.{language}").write_text(
-            "".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8"
-        )
+        (tmp_path / f"in.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
     arguments = [
         "--pair",
         "uk-en",
@@ -27,10 +25,7 @@ def run(tmp_path, pairs, *flags):
         "1",
     ]
     assert clean.main([*arguments, *flags]) == 0
-    sides = [
-        (tmp_path / f"out.{language}").read_text(encoding="utf-8").split("\n")[:-1]
-        for language in ("uk", "en")
-    ]
+    sides = [(tmp_path / f"out.{language}").read_text(encoding="utf-8").split("\n")[:-1] for language in ("uk", "en")]
     report = json.loads((tmp_path / "out.report.json").read_text())
     dropped = {rule: count for rule, count in report["dropped"].items() if count}
     return list(zip(*sides, strict=True)), dropped, report

@@ -38,13 +38,7 @@ def test_sizes_words_and_plain_characters(corpus):
 def test_only_real_names_are_used(corpus):
     language, splits = corpus
     identifiers = [*phrases.UNITS, *phrases.PER_UNITS, *phrases.RATE_UNITS]
-    shown = [
-        name
-        for name in identifiers
-        for lines in splits.values()
-        for line in lines
-        if name in line[0] + line[1]
-    ]
+    shown = [name for name in identifiers for lines in splits.values() for line in lines if name in line[0] + line[1]]
     assert shown == [], f"{language}: Babel has no pattern for these"
 
 
@@ -65,9 +59,7 @@ def test_another_process_locale_and_time_zone_write_the_same_bytes(tmp_path):
         ("a", {}),
         ("b", {"PYTHONHASHSEED": "11", "TZ": "Asia/Tokyo", "LANG": "de_DE.UTF-8"}),
     ):
-        subprocess.run(
-            [*command, tmp_path / folder], env={**os.environ, **changes}, check=True, capture_output=True
-        )
+        subprocess.run([*command, tmp_path / folder], env={**os.environ, **changes}, check=True, capture_output=True)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["test.en", "test.uk", "train.en", "train.uk", "valid.en", "valid.uk"]
     for name in names:
@@ -82,9 +74,7 @@ def test_seed_changes_the_corpus_and_train_size_leaves_the_test_set():
 
 def test_styles_that_look_alike_in_the_source_share_one_target():
     maker = phrases.phrase_maker("uk")
-    targets = {
-        maker.same_in_both(phrases.random.Random(seed), ("first", "second"), show)[1] for seed in range(9)
-    }
+    targets = {maker.same_in_both(phrases.random.Random(seed), ("first", "second"), show)[1] for seed in range(9)}
     assert targets == {"en first"}
 
 

@@ -50,11 +50,7 @@ def test_separators_inside_a_line_never_make_a_second_line(folder):
 
 def test_fairseq_reads_the_dictionary_and_knows_every_piece(text, folder):
     dictionary, coder = Dictionary.load(str(folder / "dict.txt")), subwords.Coder(folder)
-    lines = [
-        line
-        for language in ("uk", "en")
-        for line in (text / f"train.{language}").read_text("utf-8").split("\n")
-    ]
+    lines = [line for language in ("uk", "en") for line in (text / f"train.{language}").read_text("utf-8").split("\n")]
     pieces = {piece for line in coder.encode(lines) for piece in line.split(" ") if piece}
     assert pieces
     assert [piece for piece in pieces if dictionary.index(piece) == dictionary.unk()] == []
@@ -82,9 +78,7 @@ def test_learning_twice_gives_equal_files(text, folder, tmp_path):
 
 @pytest.mark.parametrize("tool", ["sentencepiece", "subword-nmt"])
 def test_too_large_a_vocabulary_names_the_largest(text, tmp_path, tool):
-    with pytest.raises(
-        DataError, match=r"--vocab-size 90000 for uk\+en: the text yields at most \d+; give"
-    ) as info:
+    with pytest.raises(DataError, match=r"--vocab-size 90000 for uk\+en: the text yields at most \d+; give") as info:
         learn(text, tmp_path / "out", "--tool", tool, "--vocab-size", "90000", split="test")
     assert not (tmp_path / "out").exists()
     most = str(info.value).split("at most ")[1].split(";")[0]
@@ -93,9 +87,7 @@ def test_too_large_a_vocabulary_names_the_largest(text, tmp_path, tool):
 
 @pytest.mark.parametrize("tool", ["sentencepiece", "subword-nmt"])
 def test_too_small_a_vocabulary(text, tmp_path, tool):
-    with pytest.raises(
-        DataError, match=r"--vocab-size 20 for uk\+en: the characters alone need \d+; give more than"
-    ):
+    with pytest.raises(DataError, match=r"--vocab-size 20 for uk\+en: the characters alone need \d+; give more than"):
         learn(text, tmp_path, "--tool", tool, "--vocab-size", "20")
 
 
@@ -148,7 +140,5 @@ def test_missing_or_damaged_subwords(folder, tmp_path):
 
 
 def test_invalid_text_says_where_to_look(folder):
-    with pytest.raises(
-        DataError, match=r"text: invalid UTF-8 after line 0; run python -m data_prep\.validate"
-    ):
+    with pytest.raises(DataError, match=r"text: invalid UTF-8 after line 0; run python -m data_prep\.validate"):
         subwords.transform(subwords.Coder(folder).encode, io.BytesIO(b"\xff\n"), io.BytesIO(), "text")

@@ -9,21 +9,15 @@ SCRIPT = Path(__file__).resolve().parents[2] / "eval" / "comet.sh"
 
 
 def run(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
 
 
 def test_dry_run_prints_lines_and_runs_none(tmp_path):
-    done = run(
-        tmp_path, "--source", "s", "--hypotheses", "h x", "--reference", "r", "--json", "o", "--dry-run"
-    )
+    done = run(tmp_path, "--source", "s", "--hypotheses", "h x", "--reference", "r", "--json", "o", "--dry-run")
     lines = done.stdout.splitlines()
     assert done.returncode == 0
     assert len(lines) == 4
-    assert lines[2].startswith(
-        ".venv-comet/bin/comet-score -s s -t h\\ x -r r --model Unbabel/wmt22-comet-da"
-    )
+    assert lines[2].startswith(".venv-comet/bin/comet-score -s s -t h\\ x -r r --model Unbabel/wmt22-comet-da")
     assert not list(tmp_path.iterdir())
 
 

@@ -32,9 +32,7 @@ def texts(tmp_path_factory):
     reference = [[generator.choice(WORDS) for _ in range(generator.randint(6, 14))] for _ in range(40)]
 
     def noisy(share):
-        return [
-            [generator.choice(WORDS) if generator.random() < share else w for w in line] for line in reference
-        ]
+        return [[generator.choice(WORDS) if generator.random() < share else w for w in line] for line in reference]
 
     folder = tmp_path_factory.mktemp("compare")
     good = noisy(0.1)

@@ -16,17 +16,14 @@ def write_scores(path, bleu, chrf, test_set="flores200.devtest", tokenizer="13a"
         "chrf++": "nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no|version:2.6.0",
     }
     scores = {
-        name: {"score": value, "signature": signatures[name]}
-        for name, value in (("bleu", bleu), ("chrf++", chrf))
+        name: {"score": value, "signature": signatures[name]} for name, value in (("bleu", bleu), ("chrf++", chrf))
     }
     path.write_text(json.dumps({"scores": scores, "test_set": test_set}))
     return str(path)
 
 
 def rows_of(text: str) -> list[list[str]]:
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
-    ][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"][2:]
 
 
 def test_the_published_averages_follow_from_the_published_cells():

@@ -49,9 +49,7 @@ def test_hypotheses_and_scores_are_those_of_fairseq_generate(tiny_model, config,
         "--required-batch-size-multiple", 1, "--num-workers", 0,
         "--bpe", "sentencepiece", "--sentencepiece-model", tiny_model.subwords / "joint.model",
     )  # fmt: skip
-    found = {
-        int(n): (text, float(score)) for n, score, text in re.findall(r"^D-(\d+)\t(\S+)\t(.*)$", output, re.M)
-    }
+    found = {int(n): (text, float(score)) for n, score, text in re.findall(r"^D-(\d+)\t(\S+)\t(.*)$", output, re.M)}
     translations = translator.translate(tiny_model.source)
     assert [t.text for t in translations] == [found[n][0] for n in range(len(tiny_model.source))]
     assert len({t.text for t in translations}) > 10  # a model that says one thing would prove nothing

@@ -88,6 +88,19 @@ def test_bad_arguments_are_refused(arguments, message):
     assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data-bin bin", "--data-bin and --subword-model go together"),
+        ("--data-bin bin --subword-model sub --train t", "leave out --train and --valid"),
+    ],
+)
+def test_run_pair_takes_prepared_data_whole_or_not_at_all(arguments, message):
+    fixed = ("--pair", "uk-en", "--test", "t", "--out", "o", "--dry-run")
+    result = run(ROOT / "scripts" / "run_pair.sh", *fixed, *arguments.split())
+    assert (result.returncode, message in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("script", SBATCH, ids=lambda path: path.name)
 def test_a_job_says_how_to_submit_it(script):
     result = run(script, "--help")

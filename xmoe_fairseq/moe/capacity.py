@@ -1,6 +1,6 @@
 """Who is served and who is dropped: Eq 3 and the priorities of Algorithm 1.
 
-The i-th choice (i = 0, 1, ...) of a token with score p has priority p - i. Since 0 <= p <= 1, that order is the order by
+The i-th choice (i = 0, 1, ...) of a token with score p has priority p - i. Since 0 <= p <= 1, that is the order by
 (rank, -p), which unlike the float32 difference never ties two different probabilities. Equal ranks and scores:
 the earlier token is served first.
 """

@@ -39,7 +39,8 @@ class RowLayout:
     def gather(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (R, D)."""
         rows_RD = empty(self.token_R.numel(), x_TD.size(1), like=x_TD)
-        return torch.index_select(x_TD, 0, self.token_R, out=rows_RD)
+        torch.index_select(x_TD, 0, self.token_R, out=rows_RD)
+        return rows_RD
 
     def combine(self, out_RD: Tensor, weight_A: Tensor | None) -> Tensor:
         """Sum each token's rows, scaled by ``weight_A`` (None: by 1): (R, D) -> (T, D). Deterministic.

@@ -44,8 +44,8 @@ BMM_PADDING = 1.3
 class Experts(nn.Module):
     """E independent two-layer networks: expert e is ``activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]``.
 
-    State: ``w1`` (E, D, F), ``b1`` (E, F), ``w2`` (E, F, D), ``b2`` (E, D). Each expert has its own random start, that of
-    two ``nn.Linear`` layers.
+    State: ``w1`` (E, D, F), ``b1`` (E, F), ``w2`` (E, F, D), ``b2`` (E, D). Each expert has its own random start,
+    that of two ``nn.Linear`` layers.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -61,7 +61,8 @@ class Experts(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # row counts depend on data: one graph break, no recompiles
+    # row counts depend on data: one graph break, no recompiles
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
         dtype = compute_dtype(x_TD)
@@ -185,8 +186,8 @@ def _hidden_backward_(
     Args:
         grad_RF: gradient of the unweighted expert output times w2; becomes the gradient of ``pre_RF``.
     Returns:
-        the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner product of
-        hidden units and gradient (for the gradient of the routing weight).
+        the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner product
+        of hidden units and gradient (for the gradient of the routing weight).
     """
     hidden_RF = empty(*pre_RF.shape, like=pre_RF)
     sum_dtype = torch.promote_types(pre_RF.dtype, torch.float32)

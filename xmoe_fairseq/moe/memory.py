@@ -1,8 +1,8 @@
 """Large CPU buffers without the price of small pages.
 
 A fresh buffer of 100 MB is mapped in 25,000 pages of 4 kB, each a fault of one to two microseconds: as long as the GEMM
-that fills it. Linux maps it in 2 MB pages when asked to (``madvise``), which makes those faults vanish. It is asked here,
-for buffers of this package only; where the system has no such pages nothing changes.
+that fills it. Linux maps it in 2 MB pages when asked to (``madvise``), which makes those faults vanish. It is asked
+here, for buffers of this package only; where the system has no such pages nothing changes.
 """
 
 from __future__ import annotations

@@ -298,9 +298,7 @@ class TokenAdapter(nn.Module):
 
 def merged_linear(x_BTI: Tensor, choice: GateChoice, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
     """Each sentence times its own merged matrix, plus its own merged bias: (B, T, O), dtype of ``x_BTI``."""
-    y: Tensor = _MergedLinear.apply(
-        x_BTI, choice.gate_BK, choice.expert_BK, weight_EIO, bias_EO
-    )
+    y: Tensor = _MergedLinear.apply(x_BTI, choice.gate_BK, choice.expert_BK, weight_EIO, bias_EO)
     return y
 
 
