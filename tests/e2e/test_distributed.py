@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,28 +218,33 @@ def wait_for(path: Path, pattern: str, seconds: float) -> str:
     raise AssertionError(f"{pattern} did not appear within {seconds} s:\n{path.read_text()[-3000:]}")
 
 
-def test_killed_rank_ends_the_others_and_the_run_resumes(folder: Path) -> None:
-    script = [str(ROOT / "scripts" / "train_multi.sh"), "--ranks", "2", "--"]
-
-    def start(updates: int, log: Path) -> subprocess.Popen[bytes]:
-        arguments = train_job(folder, "", 2, updates, "killed")["arguments"]
-        environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        command = ["bash", *script, *arguments]
-        return subprocess.Popen(command, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
-
-    log = folder / "killed.log"
-    run = start(100_000, log)
+@contextmanager
+def two_ranks(folder: Path, updates: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The launcher script at work; it and its ranks are gone after the block."""
+    arguments = train_job(folder, "", 2, updates, "killed")["arguments"]
+    command = ["bash", str(ROOT / "scripts" / "train_multi.sh"), "--ranks", "2", "--", *arguments]
+    environment = {**ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with log.open("wb") as output:
+        run = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
-        wait_for(log, r"Saved checkpoint \S+checkpoint_2_4\.pt", 60)
+        yield run
+    finally:
+        run.terminate()
+        run.wait(30)
+
+
+def test_killed_rank_ends_the_others_and_the_run_resumes(folder: Path) -> None:
+    log = folder / "killed.log"
+    with two_ranks(folder, 100_000, log) as run:
+        wait_for(log, r"Saved checkpoint \S+checkpoint_2_4\.pt", 120)
         victim = int(wait_for(log, r"rank 1 is process (\d+)", 1).split()[-1])
         os.kill(victim, signal.SIGKILL)
         assert run.wait(60) == 137
-    finally:
-        run.terminate()
     said = log.read_text()
     assert "error: rank 1 ended with code 137" in said
     assert re.search(r"rank0.*(Connection|peer|closed)", said)  # the survivor says why it ends, too
     updates = load_checkpoint(folder / "killed" / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"]
     log = folder / "resumed.log"
-    assert start(updates + 1, log).wait(60) == 0, log.read_text()[-3000:]
+    with two_ranks(folder, updates + 1, log) as run:
+        assert run.wait(150) == 0, log.read_text()[-3000:]
     assert f"@ {updates} updates)" in log.read_text()

@@ -80,7 +80,8 @@ class RowLayout:
 
     def bias_inner(self, grad_RO: Tensor, bias_EO: Tensor) -> Tensor:
         """Inner product of each row with its expert's bias: (R,)."""
-        return torch.linalg.vecdot(grad_RO, bias_EO.index_select(0, self.plan.expert_index_A))
+        inner_R: Tensor = torch.linalg.vecdot(grad_RO, bias_EO.index_select(0, self.plan.expert_index_A))
+        return inner_R
 
 
 class BatchedRows(RowLayout):

@@ -100,8 +100,8 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     ragged = "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
     if config.compute == "grouped" and ragged != "grouped":
         raise ValueError(
-            f"moe_compute grouped cannot multiply {dtype} matrices of {config.embed_dim} x {config.expert_dim}: torch's "
-            "grouped GEMM takes half and single precision and rows of whole 16 bytes; choose auto, bmm or loop"
+            f"moe_compute grouped cannot multiply {dtype} matrices of {config.embed_dim} x {config.expert_dim}: "
+            "torch's grouped GEMM takes half and single precision and rows of whole 16 bytes; choose auto, bmm or loop"
         )
     if config.compute != "auto":
         return config.compute
@@ -186,8 +186,8 @@ def _hidden_backward_(
     Args:
         grad_RF: gradient of the unweighted expert output times w2; becomes the gradient of ``pre_RF``.
     Returns:
-        the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner product
-        of hidden units and gradient (for the gradient of the routing weight).
+        the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner
+        product of hidden units and gradient (for the gradient of the routing weight).
     """
     hidden_RF = empty(*pre_RF.shape, like=pre_RF)
     sum_dtype = torch.promote_types(pre_RF.dtype, torch.float32)
