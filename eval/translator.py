@@ -6,8 +6,6 @@ Load once, translate often; the command line (eval.translate), the web page and 
 from __future__ import annotations
 
 import os
-import pickle
-import re
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -322,14 +320,6 @@ def _load_models(config: TranslatorConfig, task: Any) -> list[torch.nn.Module]:
         models, saved, _ = checkpoint_utils.load_model_ensemble_and_task(
             paths, arg_overrides=dict(config.model_overrides), task=task
         )
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if refused is None:
-            raise ValueError(f"{', '.join(paths)}: not a checkpoint, or corrupted") from None
-        raise ValueError(
-            f"{', '.join(paths)}: holds a {refused.group(1)}, which torch's load protection refused; "
-            "give the --user-dir that allows the types of its checkpoints (xmoe_fairseq does)"
-        ) from None
     except (RuntimeError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{', '.join(paths)}: {_explain(config, error)}") from None
     trained = (

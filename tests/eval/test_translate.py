@@ -168,9 +168,9 @@ def test_broken_files_are_named(tiny_model, config, tmp_path):
 
     whole = tiny_model.checkpoint.read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    assert "truncated or corrupted" in message(paths=[str(tmp_path / "cut.pt")])
+    assert "without the table that ends the file" in message(paths=[str(tmp_path / "cut.pt")])
     (tmp_path / "text.pt").write_text("no checkpoint")
-    assert "not a checkpoint" in message(paths=[str(tmp_path / "text.pt")])
+    assert "not a checkpoint that torch wrote" in message(paths=[str(tmp_path / "text.pt")])
     (tmp_path / "empty").mkdir()
     assert "cannot be read as a folder of data_prep" in message(subwords=str(tmp_path / "empty"))
     (tmp_path / "spm.model").write_bytes(b"\xff\xfe\x00")
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_forbidden_types_is_refused(tiny_model, config, tmp_pa
     state = torch.load(tiny_model.checkpoint)
     state["intruder"] = Path("x")
     torch.save(state, tmp_path / "intruder.pt")
-    with pytest.raises(ValueError, match=r"pathlib.*load protection refused"):
+    with pytest.raises(ValueError, match=r"refused: loading it would call pathlib.* harmless types"):
         Translator(replace(config, paths=[str(tmp_path / "intruder.pt")]))
 
 
