@@ -126,7 +126,12 @@ def format_table(report: dict[str, Any]) -> str:
     rows = [[score["name"], f"{score['score']:.2f}", _interval(score)] for score in scores]
     headers = ["metric", "score", "bootstrap mean ± 95% CI"]
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    signatures = [f"- {score['name']}: `{score['bootstrap_signature'] or score['signature']}`" for score in scores]
+    signatures = [f"- {score['name']}: `{score['signature']}`" for score in scores]
+    signatures += [
+        f"- interval of {score['name']}: `{score['bootstrap_signature']}`"
+        for score in scores
+        if score["bootstrap_signature"]
+    ]
     return "\n".join([table, "", *signatures])
 
 

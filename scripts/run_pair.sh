@@ -173,12 +173,14 @@ binarise() {
 
 clean_train() { rm -rf "$checkpoints" "$training_log" "$out/hydra"; }
 
+# Without update_epoch_batch_itr fairseq keeps the batches of the epoch in which its process started, and a training
+# that continues in a later epoch sees others than one that was never interrupted.
 train_model() {
     local command=(${launcher[@]+"${launcher[@]}"}
         fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)"
         ++task.data="$data_bin" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
         ++checkpoint.save_dir="$checkpoints" ++common.user_dir="$user_dir" ++common.seed="$seed"
-        ++common.log_format=json "${device_settings[@]+"${device_settings[@]}"}" hydra.run.dir="$out/hydra"
+        ++common.log_format=json ++dataset.update_epoch_batch_itr=true "${device_settings[@]+"${device_settings[@]}"}" hydra.run.dir="$out/hydra"
         ${overrides[@]+"${overrides[@]/#/++}"})
     if [[ -n $dry_run ]]; then
         printf '%q ' "${command[@]}"

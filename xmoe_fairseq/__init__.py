@@ -1,11 +1,17 @@
-"""The door of the ``--user-dir`` package: registers models and criterions, and lets their checkpoints load safely."""
+"""The door of the ``--user-dir`` package: registers models and criterions, and lets their checkpoints load safely.
 
-from . import criterions, models  # noqa: F401  importing registers them
-from .checkpoints import released  # noqa: F401  registers --arch xmoe_transformer_as_released
-from .checkpoints.safe_types import allow_checkpoint_types
-from .checkpoints.stock_commands import harden_fairseq
-from .cpu_bfloat16 import allow_cpu_bfloat16
+Without fairseq the layer alone, ``xmoe_fairseq.moe``, still works.
+"""
 
-allow_checkpoint_types()
-harden_fairseq()
-allow_cpu_bfloat16()
+from importlib.util import find_spec
+
+if find_spec("fairseq") is not None:
+    from . import criterions, models  # noqa: F401  importing registers them
+    from .checkpoints import released  # noqa: F401  registers --arch xmoe_transformer_as_released
+    from .checkpoints.safe_types import allow_checkpoint_types
+    from .checkpoints.stock_commands import harden_fairseq
+    from .cpu_bfloat16 import allow_cpu_bfloat16
+
+    allow_checkpoint_types()
+    harden_fairseq()
+    allow_cpu_bfloat16()
