@@ -9,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0" .sh)
 dry_run=${dry_run:-}
 current_stage=''
-out=${out:-} stages=() results=()
+out=${out:-} stages=() results=() results_removed=''
 
 # Deprecation notes of fairscale, hydra and fairseq would bury what matters.
 PYTHONWARNINGS=ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning:hydra.experimental.initialize
@@ -117,8 +117,8 @@ forget_stages_after() { # forget_stages_after NAME: the later ones of the array 
 }
 
 # A stage is kept when its settings and the content of its inputs are those of its last success. When it runs, all
-# later ones run too, and the files in the array `results` go once a stage after the first one starts: they tell of
-# an older run. An interrupted run of the very same work is continued (`$resumed` tells FUNCTION so); otherwise a
+# later ones run too, and the files in the array `results` go when the first stage after `validate` starts: they tell
+# of an older run. An interrupted run of the very same work is continued (`$resumed` tells FUNCTION so); otherwise a
 # function clean_NAME, if there is one, first removes what FUNCTION would continue.
 stage() { # stage NAME FUNCTION SETTINGS INPUT_FILE...
     local name=$1 function=$2 settings=$3 signature stamp=$out/.stages/$1
@@ -139,7 +139,10 @@ stage() { # stage NAME FUNCTION SETTINGS INPUT_FILE...
     [[ ! -f $stamp.started || $(<"$stamp.started") != "$signature" ]] || resumed=yes
     log "$name: ${resumed:+re}start"
     rm -f "$stamp"
-    [[ $name == "${stages[0]}" ]] || rm -f ${results[@]+"${results[@]}"}
+    if [[ $name != "${stages[0]}" && -z $results_removed ]]; then
+        rm -f ${results[@]+"${results[@]}"}
+        results_removed=yes
+    fi
     mkdir -p "$out/.stages"
     if [[ -z $resumed ]]; then
         # First away with what older settings left: an interruption between the two must not pass it off as ours.
