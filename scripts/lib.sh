@@ -4,12 +4,13 @@
 #   out      the folder of the run
 #   stages   array of the stages' names in their order
 #   results  array of files that tell of the whole run
+#   results_stage  the first stage that writes one of them
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0" .sh)
 dry_run=${dry_run:-}
 current_stage=''
-out=${out:-} stages=() results=() results_removed=''
+out=${out:-} stages=() results=() results_stage=''
 
 # Deprecation notes of fairscale, hydra and fairseq would bury what matters.
 PYTHONWARNINGS=ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning:hydra.experimental.initialize
@@ -117,8 +118,8 @@ forget_stages_after() { # forget_stages_after NAME: the later ones of the array 
 }
 
 # A stage is kept when its settings and the content of its inputs are those of its last success. When it runs, all
-# later ones run too, and the files in the array `results` go when the first stage after `validate` starts: they tell
-# of an older run. An interrupted run of the very same work is continued (`$resumed` tells FUNCTION so); otherwise a
+# later ones run too, and the files in the array `results` go when a stage after the first one and up to
+# `results_stage` starts: they tell of an older run. An interrupted run of the very same work is continued (`$resumed` tells FUNCTION so); otherwise a
 # function clean_NAME, if there is one, first removes what FUNCTION would continue.
 stage() { # stage NAME FUNCTION SETTINGS INPUT_FILE...
     local name=$1 function=$2 settings=$3 signature stamp=$out/.stages/$1
@@ -139,9 +140,8 @@ stage() { # stage NAME FUNCTION SETTINGS INPUT_FILE...
     [[ ! -f $stamp.started || $(<"$stamp.started") != "$signature" ]] || resumed=yes
     log "$name: ${resumed:+re}start"
     rm -f "$stamp"
-    if [[ $name != "${stages[0]}" && -z $results_removed ]]; then
+    if [[ $name != "${stages[0]}" && " ${stages[*]} " == *" $name "*"$results_stage "* || $name == "$results_stage" ]]; then
         rm -f ${results[@]+"${results[@]}"}
-        results_removed=yes
     fi
     mkdir -p "$out/.stages"
     if [[ -z $resumed ]]; then

@@ -142,6 +142,8 @@ fi
 # shellcheck disable=SC2034
 results=("$out/report.md" "$out/scores.json" "$out/analysis.json" "$out/report.html")
 # shellcheck disable=SC2034
+results_stage=report
+# shellcheck disable=SC2034
 stages=(validate subwords encode binarise train average generate detokenise score report analyse)
 
 validate() { run python -m data_prep.validate --pair "$pair" "${raw_prefixes[@]}"; }

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PIPELINE = """
 set -euo pipefail
 . "$1/scripts/lib.sh"
-out=$2 stages=(first second third) results=("$2/result")
+out=$2 stages=(first second third) results=("$2/result") results_stage=third
 do_first() { echo "first${resumed:+ resumed}" >>"$out/ran"; }
 do_second() { echo "second${resumed:+ resumed}" >>"$out/ran"; [[ ! -f $out/broken ]]; }
 do_third() { echo "third${resumed:+ resumed}" >>"$out/ran"; echo done >"$out/result"; }
@@ -83,3 +83,15 @@ def test_a_missing_input_is_named(pipeline, tmp_path):
     result, ran = pipeline("a", "b", "c")
     assert (result.returncode, ran) == (1, [])
     assert f"no such file: {tmp_path}/input" in result.stderr
+
+
+def test_a_stage_after_the_results_leaves_them(tmp_path):
+    (tmp_path / "input").write_text("text")
+    later = PIPELINE.replace("second third)", "second third fourth)") + 'stage fourth do_fourth "$6" "$out/input"\n'
+    later = later.replace("trap", 'do_fourth() { grep -q done "$out/result"; }\ntrap')
+    for settings in ("x", "y"):  # the second time only the fourth stage runs
+        command = ["bash", "-c", later, "pipeline", ROOT, tmp_path, "a", "b", "c", settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "third: kept" in done.stderr
+    assert "fourth: start" in done.stderr
