@@ -108,7 +108,11 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 def machine() -> dict[str, Any]:
     """Machine, versions and commit, for the result file."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=RESULTS.parent,
     )
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

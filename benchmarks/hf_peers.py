@@ -16,6 +16,8 @@ every expert gets the same tokens. The methods:
                   gated (SwiGLU): three matrices instead of two, so two thirds of the hidden units (1368 for 2048, 680
                   for 1024: multiples of 8, within half a percent of equal FLOPs). No capacity; weights divided by
                   their sum.
+                  Training is slow by the way its weights are indexed: autograd makes a gradient of the size of all
+                  experts for each expert that has tokens, and adds them up.
   Mixtral, grouped
                   the same block and weights with experts "grouped_mm": rows sorted by expert, torch's grouped GEMM.
                   Checked before timing: it returns what the loop returns.
@@ -41,8 +43,8 @@ from torch import Tensor, nn
 def bypass_door() -> None:
     """Let ``xmoe_fairseq.moe`` be imported where fairseq is absent.
 
-    Importing it runs the package's ``__init__``, which imports fairseq to register models; the layer needs torch alone.
-    A bare package of the same name and path stands in.
+    Importing it runs the package's ``__init__``, which imports fairseq to register models; the layer does not
+    need it. A bare package of the same name and path stands in.
     """
     if importlib.util.find_spec("fairseq") is None:
         package = types.ModuleType("xmoe_fairseq")

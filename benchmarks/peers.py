@@ -36,7 +36,9 @@ class _ThresholdGate(nn.Module):
         taken_TE = sorted_TE.cumsum(-1) - sorted_TE < self.threshold
         taken_TE[:, 0] = True
         wanted_TE = torch.zeros_like(taken_TE).scatter(1, expert_TE, taken_TE)
-        rank_TE = torch.empty_like(expert_TE).scatter(1, expert_TE, torch.arange(prob_TE.size(1)).expand_as(expert_TE))
+        rank_TE = torch.empty_like(expert_TE).scatter(
+            1, expert_TE, torch.arange(prob_TE.size(1), device=prob_TE.device).expand_as(expert_TE)
+        )
         return prob_TE, rank_TE, wanted_TE
 
 
