@@ -132,24 +132,6 @@ class BatchedRows(RowLayout):
         return torch.bmm(self._stack(grad_RO), bias_EO.unsqueeze(-1)).view(-1)
 
 
-class GroupedRows(RowLayout):
-    """Ragged groups through ``torch.nn.functional.grouped_mm``."""
-
-    def __init__(self, plan: RoutingPlan) -> None:
-        super().__init__(plan)
-        self.end_E = plan.count_E.cumsum(0).int()
-
-    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
-        out_RO = torch.nn.functional.grouped_mm(in_RI, weight_EIO, offs=self.end_E)
-        return out_RO.add_(bias_EO.index_select(0, self.plan.expert_index_A))
-
-    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
-
-    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
-
-
 class LoopRows(RowLayout):
     """One GEMM per expert that has rows; idle experts cost nothing. Reads the counts on the host."""
 
@@ -158,6 +140,7 @@ class LoopRows(RowLayout):
         counts = plan.count_E.tolist()
         self.num_experts = len(counts)
         self.slices: list[tuple[int, slice]] = []
+        self.idle = [expert for expert, count in enumerate(counts) if not count]
         start = 0
         for expert, count in enumerate(counts):
             if count:
@@ -177,10 +160,36 @@ class LoopRows(RowLayout):
         return in_RI
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO).zero_()
+        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO)
+        for expert in self.idle:
+            weight_EIO[expert].zero_()
         for expert, rows in self.slices:
             torch.mm(in_RI[rows].t(), grad_RO[rows], out=weight_EIO[expert])
         return weight_EIO
+
+
+class GroupedRows(RowLayout):
+    """Ragged groups through ``torch.nn.functional.grouped_mm``.
+
+    On a CPU the gradients of the weights go expert by expert: they are the largest tensors of a step, and grouped_mm
+    would write them into a buffer of its own, freshly mapped (memory.py).
+    """
+
+    def __init__(self, plan: RoutingPlan) -> None:
+        super().__init__(plan)
+        self.end_E = plan.count_E.cumsum(0).int()
+
+    def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
+        out_RO = torch.nn.functional.grouped_mm(in_RI, weight_EIO, offs=self.end_E)
+        return out_RO.add_(bias_EO.index_select(0, self.plan.expert_index_A))
+
+    def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
+        return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
+
+    def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
+        if in_RI.device.type == "cpu":
+            return LoopRows(self.plan).weight_gradient(in_RI, grad_RO)
+        return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
 
 
 def groupable(*widths: int, dtype: torch.dtype) -> bool:

@@ -1,46 +1,85 @@
-"""Large CPU buffers without the price of small pages.
+"""Large CPU buffers that are used again instead of being mapped again.
 
-A fresh buffer of 100 MB is mapped in 25,000 pages of 4 kB, each a fault of one to two microseconds: as long as the GEMM
-that fills it. Linux maps it in 2 MB pages when asked to (``madvise``), which makes those faults vanish. It is asked
-here, for buffers of this package only; where the system has no such pages nothing changes.
+A fresh buffer of 100 MB comes in 25,000 pages of 4 kB, each a fault of one to three microseconds: as long as the GEMM
+that fills it. A step of training throws such buffers away and asks for them again (the gradients of the expert weights
+alone are as large as the weights). Here they are kept: a buffer goes to the next who asks once nobody refers to it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import sys
+import threading
 from collections.abc import Iterator
-from functools import lru_cache
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
+# Smaller ones the C library keeps by itself.
+_LEAST_BYTES = 4 << 20
+# A kept buffer serves requests down to this share of its size.
+_LEAST_SHARE = 0.75
 # A block of rows that stays in one core's second-level cache through a few elementwise passes.
 _BLOCK_BYTES = 512 << 10
 
 
-@lru_cache(maxsize=1)
-def _madvise():  # type: ignore[no-untyped-def]
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None, use_errno=True).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
+class BufferPool:
+    """Memory for tensors, reused when the last tensor on it is gone.
+
+    A buffer is a NumPy array; every tensor made on it holds a reference to the array, views and autograd's copies of
+    the handle included, so the array's reference count says whether it is free. Buffers that lay idle while
+    ``patience`` others were handed out are given back to the system.
+    """
+
+    def __init__(self, patience: int = 1000) -> None:
+        self.patience = patience
+        self._buffers: list[np.ndarray] = []
+        self._last_use: list[int] = []
+        self._requests = 0
+        self._lock = threading.Lock()
+
+    def bytes_on(self, num_bytes: int) -> Tensor:
+        """uint8 (num_bytes,), uninitialised."""
+        with self._lock:
+            self._requests += 1
+            chosen = -1
+            for index in range(len(self._buffers)):
+                size = self._buffers[index].nbytes
+                fits = num_bytes <= size and size * _LEAST_SHARE <= num_bytes
+                if fits and self._is_free(index) and (chosen < 0 or size < self._buffers[chosen].nbytes):
+                    chosen = index
+            if chosen < 0:
+                self._forget_idle()
+                self._buffers.append(np.empty(num_bytes + num_bytes // 8, dtype=np.uint8))
+                self._last_use.append(0)
+                chosen = len(self._buffers) - 1
+            self._last_use[chosen] = self._requests
+            return torch.from_numpy(self._buffers[chosen])[:num_bytes]
+
+    def _is_free(self, index: int) -> bool:
+        # the list's reference and the argument's
+        return sys.getrefcount(self._buffers[index]) == 2
+
+    def _forget_idle(self) -> None:
+        stale = [
+            index
+            for index in range(len(self._buffers))
+            if self._is_free(index) and self._requests - self._last_use[index] > self.patience
+        ]
+        for index in reversed(stale):
+            del self._buffers[index], self._last_use[index]
+
+
+_pool = BufferPool()
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:
-    """Uninitialised tensor of ``like``'s dtype and device; on a CPU backed by large pages when it is large."""
-    buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if buffer.device.type == "cpu" and buffer.nbytes >= 2 * _HUGE_PAGE and _madvise() is not None:
-        first = -(-buffer.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        length = (buffer.data_ptr() + buffer.nbytes - first) // _HUGE_PAGE * _HUGE_PAGE
-        _madvise()(first, length, _MADV_HUGEPAGE)  # advice: a refusal leaves ordinary pages
-    return buffer
+    """Uninitialised tensor of ``like``'s dtype and device; a large one on a CPU comes from the pool."""
+    num_bytes = prod(shape) * like.dtype.itemsize
+    if like.device.type != "cpu" or num_bytes < _LEAST_BYTES:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return _pool.bytes_on(num_bytes).view(like.dtype).view(shape)
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:
