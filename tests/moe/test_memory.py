@@ -74,3 +74,13 @@ def test_row_blocks_cover_every_row_once() -> None:
     covered = [row for block in row_blocks(rows) for row in range(*block.indices(1000))]
     assert covered == list(range(1000))
     assert list(row_blocks(torch.zeros(0, 4))) == []
+
+
+def test_release_gives_back_what_is_idle_only() -> None:
+    pool = BufferPool()
+    used = pool.bytes_on(SIZE)
+    pool.bytes_on(2 * SIZE)
+    assert pool.nbytes >= 3 * SIZE
+    pool.release()
+    assert SIZE <= pool.nbytes < 2 * SIZE
+    assert used.numel() == SIZE

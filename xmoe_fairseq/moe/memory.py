@@ -50,28 +50,39 @@ class BufferPool:
                 if fits and self._is_free(index) and (chosen < 0 or size < self._buffers[chosen].nbytes):
                     chosen = index
             if chosen < 0:
-                self._forget_idle()
+                self._forget_idle(self.patience)
                 self._buffers.append(np.empty(num_bytes + num_bytes // 8, dtype=np.uint8))
                 self._last_use.append(0)
                 chosen = len(self._buffers) - 1
             self._last_use[chosen] = self._requests
             return torch.from_numpy(self._buffers[chosen])[:num_bytes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, in use or idle."""
+        with self._lock:
+            return sum(buffer.nbytes for buffer in self._buffers)
+
+    def release(self) -> None:
+        """Give every idle buffer back to the system."""
+        with self._lock:
+            self._forget_idle(patience=-1)
+
     def _is_free(self, index: int) -> bool:
         # the list's reference and the argument's
         return sys.getrefcount(self._buffers[index]) == 2
 
-    def _forget_idle(self) -> None:
+    def _forget_idle(self, patience: int) -> None:
         stale = [
             index
             for index in range(len(self._buffers))
-            if self._is_free(index) and self._requests - self._last_use[index] > self.patience
+            if self._is_free(index) and self._requests - self._last_use[index] > patience
         ]
         for index in reversed(stale):
             del self._buffers[index], self._last_use[index]
 
 
-_pool = BufferPool()
+pool = BufferPool()
 
 
 def empty(*shape: int, like: Tensor) -> Tensor:
@@ -79,7 +90,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     num_bytes = prod(shape) * like.dtype.itemsize
     if like.device.type != "cpu" or num_bytes < _LEAST_BYTES:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return _pool.bytes_on(num_bytes).view(like.dtype).view(shape)
+    return pool.bytes_on(num_bytes).view(like.dtype).view(shape)
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:
