@@ -43,8 +43,9 @@ class _ThresholdGate(nn.Module):
 
 
 class LoopOverExperts(nn.Module):
-    """The released code's way: a top-C selection over the full (tokens x experts) priorities, then one module call per
-    expert on exactly C rows; every expert computes, spare places are filled with weight 0."""
+    """The released code's way: a top-C selection over the full (tokens x experts) priorities, then, expert by expert,
+    an indexed read of its C rows, a module call and an indexed sum into the output. Every expert computes; spare places
+    hold unrouted tokens at weight 0. Autograd fills and adds a (T, D) gradient for each of these reads."""
 
     def __init__(self, width: int, num_experts: int, hidden: int, threshold: float, gamma: float) -> None:
         super().__init__()
@@ -58,11 +59,12 @@ class LoopOverExperts(nn.Module):
         priority_TE = (num_experts - rank_TE + prob_TE) * wanted_TE
         capacity = min(num_tokens, max(4, math.ceil(self.gamma * num_tokens / num_experts)))
         token_CE = priority_TE.topk(capacity, dim=0).indices
-        weight_CE = (prob_TE * wanted_TE).gather(0, token_CE)
-        rows_ECD = x_TD.index_select(0, token_CE.t().reshape(-1)).view(num_experts, capacity, -1)
-        out = torch.cat([expert(rows) for expert, rows in zip(self.experts, rows_ECD.unbind(0), strict=True)])
-        scaled = out * weight_CE.t().reshape(-1, 1)
-        return torch.zeros_like(x_TD).index_add(0, token_CE.t().reshape(-1), scaled)
+        weight_TE = prob_TE * wanted_TE * torch.zeros_like(prob_TE).scatter_(0, token_CE, 1.0)
+        y_TD = torch.zeros_like(x_TD)
+        for index, expert in enumerate(self.experts):
+            token_C = token_CE[:, index]
+            y_TD[token_C] += expert(x_TD[token_C]) * weight_TE[:, index][token_C].unsqueeze(-1)
+        return y_TD
 
 
 class PlainBatched(nn.Module):

@@ -2,9 +2,10 @@
 
     python -m benchmarks.scaling [--tokens 4096] [--device cpu] [--dtype float32] [--repeats 5]
 
-Three sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
+Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
   flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
-  granularity  training; one dense FFN's FLOPs kept, experts from 8 x 2048 to 512 x 256 of equal kept rows x units
+  experts      training and inference; 8 to 512 experts of 512 (256) units, 4 (8) kept rows a token: only weights grow
+  granularity  training; 8 x 2048 cut finer down to 512 x 32: FLOPs and parameters fixed, kept rows grow to 64 a token
   fine         inference and training; experts of size 1: one dense FFN cut in 2048, and 16,384 x 1, in bounded memory
 """
 
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.common import RESULTS, interleaved, peak_bytes, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
-from benchmarks.peers import DenseFFN
+from benchmarks.peers import DenseFFN, ExpertGemms
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 SIZES = ((32, 2048), (64, 1024), (128, 512), (256, 256))
@@ -69,18 +70,58 @@ def sweep_flops(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def sweep_granularity(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """Experts of 2048 / g units, gamma g: equal parameters, FLOPs and kept rows x units."""
-    grad = torch.randn_like(x_TD)
-    dense = DenseFFN(WIDTH, DENSE).to(x_TD)
-    runs, peaks = {"dense": train_step(dense, x_TD, grad)}, {}
-    for experts, size in ((8, 2048), (32, 512), (64, 256), (128, 128), (512, 32)):
-        module = layer_of(experts, size, 1.0).to(x_TD)
-        runs[f"{experts}x{size}"] = train_step(module, x_TD, grad)
-    for name, run in runs.items():
-        peaks[name] = peak_bytes(run, options.device) / 1e6
+def sweep_experts(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    """More experts to choose from; FLOPs and kept rows stay, the weights grow 64 times, to 1.1 GB in float32."""
+    rows = []
+    for size in (512, 256):
+        layers = {f"{experts}x{size}": layer_of(experts, size, 1.0) for experts in (8, 32, 128, 512)}
+        for mode in ("infer", "train"):
+            rows += sweep_layers(f"experts, {mode}", layers, x_TD, options, train=mode == "train")
+        rows += sweep_gemms(layers, x_TD, options)
+    return rows
+
+
+def sweep_gemms(layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    """The floor of the inference above: the batched GEMMs of each layer alone, on full experts."""
+    runs = {"dense": inference(DenseFFN(WIDTH, DENSE).to(x_TD), x_TD)}
+    for name, layer in layers.items():
+        config = layer.config
+        count = config.capacity(x_TD.size(0), training=False)
+        gemms = ExpertGemms(WIDTH, config.num_experts, config.expert_dim, count).to(x_TD)
+        runs[name] = inference(gemms, x_TD.new_ones(config.num_experts * count, WIDTH))
     summary = summarise(interleaved(runs, options.repeats, options.device), "dense")
-    return [{"sweep": "granularity", "case": name, "peak_MB": peaks[name], **row} for name, row in summary.items()]
+    return [{"sweep": "experts, GEMMs alone", "case": name, **row} for name, row in summary.items()]
+
+
+def sweep_granularity(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    """Experts of 2048 / g units, gamma g."""
+    sizes = ((8, 2048), (32, 512), (64, 256), (128, 128), (512, 32))
+    layers = {f"{experts}x{size}": layer_of(experts, size, 1.0) for experts, size in sizes}
+    return sweep_layers("granularity, train", layers, x_TD, options, train=True)
+
+
+def sweep_layers(
+    sweep: str, layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argparse.Namespace, *, train: bool
+) -> list[dict]:
+    """Time and peak memory of layers that stand for the same dense FFN."""
+    modules = {"dense": DenseFFN(WIDTH, DENSE), **layers}
+    grad = torch.randn_like(x_TD)
+    runs = {
+        name: train_step(module.to(x_TD), x_TD, grad) if train else inference(module.to(x_TD), x_TD)
+        for name, module in modules.items()
+    }
+    peaks = {name: peak_bytes(run, options.device) / 1e6 for name, run in runs.items()}
+    summary = summarise(interleaved(runs, options.repeats, options.device), "dense")
+    return [
+        {
+            "sweep": sweep,
+            "case": name,
+            **({"flops": counted_share(layers[name], x_TD)} if name in layers else {}),
+            "peak_MB": peaks[name],
+            **row,
+        }
+        for name, row in summary.items()
+    ]
 
 
 def sweep_fine(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
@@ -133,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     like = {"dtype": getattr(torch, options.dtype), "device": options.device}
     x_TD = torch.randn(options.tokens, WIDTH, **like)
-    rows = sweep_flops(x_TD, options) + sweep_granularity(x_TD, options)
+    rows = sweep_flops(x_TD, options) + sweep_experts(x_TD, options) + sweep_granularity(x_TD, options)
     rows += sweep_fine(torch.randn(options.fine_tokens, WIDTH, **like), options)
     print(table(rows, ["sweep", "case", "flops", "ms", "ratio", "ratio_p10", "ratio_p90", "peak_MB"]))
     path = write_result(f"scaling-{options.dtype}-{options.device}", {"rows": rows}, options.out)

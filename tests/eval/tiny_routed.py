@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import xmoe_fairseq
 from eval.analysis.loading import Loaded, moe_layers
 from xmoe_fairseq.moe.plan import Choices
-from xmoe_fairseq.moe.routers.base import rank_matrix
+from xmoe_fairseq.moe.routers.base import real_choices
 
 assert xmoe_fairseq  # importing it registers the architectures
 
@@ -43,8 +43,9 @@ class HandRouter(nn.Module):
             chosen_TK[row, : len(wanted)] = True
             for expert, weight in wanted.items():
                 weight_TE[row, expert] = weight
-        rank_TE = rank_matrix(expert_TK, chosen_TK, EXPERTS, real_T)
-        return Choices(rank_TE, weight_TE, weight_TE, balance=None, entropy=torch.tensor(0.5))
+        chosen_TK = real_choices(expert_TK, chosen_TK, real_T)
+        score_TK = weight_TE.gather(1, expert_TK)
+        return Choices(expert_TK, chosen_TK, score_TK, weight_TE, balance=None, entropy=torch.tensor(0.5))
 
 
 def dictionary() -> Dictionary:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests import reference
 from xmoe_fairseq.moe import MoEConfig, MoELayer, RoutingPlan
+from xmoe_fairseq.moe.plan import Choices
 
 WIDTH, HIDDEN, EXPERTS = 8, 12, 6
 # every router with settings that make its tokens compete
@@ -90,3 +91,9 @@ def assert_same_plan(plan: RoutingPlan, slow: reference.SlowResult) -> None:
     assert plan.weight_A.dtype == torch.float32
     assert_near(plan.weight_A, slow.weight_TE[plan.token_index_A, plan.expert_index_A])
     assert_near(plan.balance_loss, slow.balance)
+
+
+def in_order(choices: Choices) -> list[list[int]]:
+    """The experts that each token takes, first choice first."""
+    rows = zip(choices.expert_TK.tolist(), choices.chosen_TK.tolist(), strict=True)
+    return [[expert for expert, taken in zip(*row, strict=True) if taken] for row in rows]

@@ -8,18 +8,21 @@ import torch
 from tests import reference
 from tests.moe.helpers import tiny_layer, tokens
 from xmoe_fairseq.moe import MoEConfig, capacity
-from xmoe_fairseq.moe.capacity import make_plan, serve_by_priority
-from xmoe_fairseq.moe.plan import UNWANTED, Choices
+from xmoe_fairseq.moe.capacity import make_plan, ranks_that_fill
+from xmoe_fairseq.moe.plan import Choices
+
+
+def line_up(choices: list[list[int]], score_TE: torch.Tensor) -> Choices:
+    num_ranks = max(map(len, choices), default=1) or 1
+    expert_TK = torch.tensor([chosen + [0] * (num_ranks - len(chosen)) for chosen in choices])
+    chosen_TK = torch.tensor([[rank < len(chosen) for rank in range(num_ranks)] for chosen in choices])
+    return Choices(expert_TK, chosen_TK, score_TE.gather(1, expert_TK), score_TE, None, torch.zeros(()))
 
 
 def served(choices: list[list[int]], score_TE: torch.Tensor, limit: int) -> set[tuple[int, int]]:
-    rank_TE = torch.full(score_TE.shape, UNWANTED, dtype=torch.int32)
-    for token, chosen in enumerate(choices):
-        for rank, expert in enumerate(chosen):
-            rank_TE[token, expert] = rank
-    wanted_E = (rank_TE != UNWANTED).sum(0)
-    kept_TE = serve_by_priority(rank_TE, score_TE, wanted_E, limit)
-    return {(int(token), int(expert)) for token, expert in kept_TE.nonzero()}
+    plan = make_plan(line_up(choices, score_TE), capacity=limit, num_real_tokens=torch.tensor(len(choices)))
+    assert plan.count_E.tolist() == torch.bincount(plan.expert_index_A, minlength=score_TE.size(1)).tolist()
+    return set(zip(plan.token_index_A.tolist(), plan.expert_index_A.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -63,12 +66,22 @@ def test_drops_exactly_those_of_algorithm_1(levels: int, limit: int) -> None:
 
 
 def test_near_uniform_gates_are_ordered_by_probability_although_p_minus_i_would_tie() -> None:
-    # float32 p - 20 cannot tell these apart
-    score_TE = torch.stack([1 / 128 + torch.arange(8) * 2.0**-30, torch.zeros(8)], dim=1)
-    assert len(set((score_TE[:, 0] - 20).tolist())) == 1
-    rank_TE = torch.tensor([[20, UNWANTED]] * 8, dtype=torch.int32)
-    kept_TE = serve_by_priority(rank_TE, score_TE, torch.tensor([8, 0]), 3)
-    assert kept_TE[:, 0].tolist() == [False] * 5 + [True] * 3
+    # all experts before the last are full of others' choices; float32 p - 20 cannot tell these apart
+    score_TE = torch.cat([torch.zeros(8, 20), 1 / 128 + torch.arange(8).unsqueeze(1) * 2.0**-30], dim=1)
+    assert len(set((score_TE[:, 20] - 20).tolist())) == 1
+    pairs = served([list(range(21))] * 8, score_TE, 3)
+    assert {token for token, expert in pairs if expert == 20} == {5, 6, 7}
+
+
+def test_later_ranks_are_looked_at_until_every_expert_is_full() -> None:
+    # expert 5 is everybody's last choice, expert 4 nobody's
+    generator = torch.Generator().manual_seed(3)
+    choices = [[*torch.randperm(4, generator=generator).tolist(), 5] for _ in range(50)]
+    score_TE = torch.rand(50, 6, generator=generator)
+    assert served(choices, score_TE, 2) == reference.serve(choices, score_TE.tolist(), 2)
+    chosen = line_up(choices, score_TE)
+    assert ranks_that_fill(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 2])) == 5
+    assert ranks_that_fill(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 0])) == 2
 
 
 def test_batches_too_long_for_one_key_serve_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,13 +89,8 @@ def test_batches_too_long_for_one_key_serve_the_same(monkeypatch: pytest.MonkeyP
     score_TE = torch.randint(0, 4, (60, 3), generator=generator) / 4
     choices = [[0, 2], [1], [2, 1, 0]] * 20
     short = served(choices, score_TE, 5)
-    monkeypatch.setattr(capacity, "UNWANTED", 2**26)  # as if the rank took all bits
-    rank_TE = torch.full((60, 3), 2**26)
-    for token, chosen in enumerate(choices):
-        rank_TE[token, chosen] = torch.arange(len(chosen))
-    kept_TE = serve_by_priority(rank_TE, score_TE, (rank_TE != 2**26).sum(0), 5)
-    long = {(int(token), int(expert)) for token, expert in kept_TE.nonzero()}
-    assert long == short
+    monkeypatch.setattr(capacity, "KEY_BITS", 40)
+    assert served(choices, score_TE, 5) == short == reference.serve(choices, score_TE.tolist(), 5)
 
 
 def test_a_plan_holds_only_what_is_computed_and_counts_what_was_dropped() -> None:
@@ -97,7 +105,7 @@ def test_a_plan_holds_only_what_is_computed_and_counts_what_was_dropped() -> Non
 
 def test_an_empty_batch_has_an_empty_plan() -> None:
     empty = torch.zeros(0, 3)
-    choices = Choices(empty.int(), empty, empty, None, torch.zeros(()))
+    choices = Choices(empty.long(), empty.bool(), empty, empty, None, torch.zeros(()))
     plan = make_plan(choices, capacity=0, num_real_tokens=torch.tensor(0))
     assert plan.token_index_A.tolist() == []
     assert plan.count_E.tolist() == plan.wanted_E.tolist() == [0, 0, 0]

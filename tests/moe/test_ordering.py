@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xmoe_fairseq.moe.ordering import descending_key, flat_nonzero, kth_smallest, sort_descending
+from xmoe_fairseq.moe.ordering import descending_key, flat_nonzero, sort_descending, tally
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5, 64, 1000])
@@ -35,9 +35,9 @@ def test_not_contiguous_rows() -> None:
     assert torch.equal(sort_descending(prob_ET.t())[1], prob_ET.t().argsort(descending=True, stable=True))
 
 
-def test_kth_smallest_and_nonzero() -> None:
-    key_RN = torch.stack([torch.randperm(9), torch.randperm(9) + 100])
-    for k in (1, 4, 9):
-        assert kth_smallest(key_RN, k).tolist() == [k - 1, k + 99]
+def test_tally_and_nonzero() -> None:
+    index = torch.tensor([[3, 0], [3, 1]])
+    assert tally(index, torch.tensor([[True, True], [True, False]]), 5).tolist() == [1, 0, 0, 2, 0]
+    assert tally(index[:0], index[:0].bool(), 2).tolist() == [0, 0]
     assert flat_nonzero(torch.tensor([[False, True], [True, False]])).tolist() == [1, 2]
     assert flat_nonzero(torch.zeros(0, 3, dtype=torch.bool)).tolist() == []

@@ -23,7 +23,7 @@ from ..models.translation import MoETransformerModel
 from ..moe import MoELayer, RoutingPlan
 from ..moe.balance import first_choice_terms
 from ..moe.capacity import make_plan
-from ..moe.plan import UNWANTED, Choices
+from ..moe.plan import Choices
 
 ARCH = "xmoe_transformer_as_released"
 
@@ -38,14 +38,14 @@ class ReleasedMoELayer(MoELayer):
         x_TD = x.reshape(-1, x.size(-1))
         with torch.autocast(x.device.type, enabled=False):
             prob_TE = (x_TD.float() @ self.router.weight.float().t()).softmax(dim=-1)
-        rank_TE = wanted_ranks(prob_TE.detach(), self.config.threshold)
+        sorted_TK, expert_TK, wanted_TK = wanted_experts(prob_TE.detach(), self.config.threshold)
         capacity = self.config.capacity(x_TD.size(0), self.training)
-        kept_TE = serve(prob_TE.detach(), rank_TE, x_TD.size(0) if capacity is None else capacity)
         choices = Choices(
-            rank_TE=rank_TE.masked_fill(~kept_TE, UNWANTED),
-            score_TE=prob_TE.detach(),
+            expert_TK=expert_TK,
+            chosen_TK=serve(sorted_TK, expert_TK, wanted_TK, x_TD.size(0) if capacity is None else capacity),
+            score_TK=sorted_TK,
             weight_TE=prob_TE,
-            balance=first_choice_terms(prob_TE, rank_TE, None),
+            balance=first_choice_terms(prob_TE, expert_TK[:, 0], None),
             entropy=prob_TE.new_zeros(()),
         )
         num_tokens = torch.tensor(x_TD.size(0), device=x.device)
@@ -53,23 +53,23 @@ class ReleasedMoELayer(MoELayer):
         return self.experts(x_TD, plan).to(x.dtype).view(x.shape), plan
 
 
-def wanted_ranks(prob_TE: Tensor, threshold: float) -> Tensor:
-    """int32 (T, E): rank while the float32 sum of the likelier experts is below ``threshold``, else ``UNWANTED``."""
-    sorted_TE, expert_TE = prob_TE.sort(dim=-1, descending=True)
-    wanted_TE = sorted_TE.cumsum(dim=-1) - sorted_TE < threshold
-    wanted_TE[:, :1] = True
-    rank_E = torch.arange(prob_TE.size(-1), dtype=torch.int32, device=prob_TE.device)
-    rank_TE = rank_E.expand_as(expert_TE).masked_fill(~wanted_TE, UNWANTED)
-    return torch.empty_like(rank_TE).scatter_(1, expert_TE, rank_TE)
+def wanted_experts(prob_TE: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities from high to low, their experts, and bool: the float32 sum before is below ``threshold``."""
+    sorted_TK, expert_TK = prob_TE.sort(dim=-1, descending=True)
+    wanted_TK = sorted_TK.cumsum(dim=-1) - sorted_TK < threshold
+    wanted_TK[:, :1] = True
+    return sorted_TK, expert_TK, wanted_TK
 
 
-def serve(prob_TE: Tensor, rank_TE: Tensor, capacity: int) -> Tensor:
-    """bool (T, E): the pairs each expert serves, at most ``capacity``."""
-    wanted_TE = rank_TE != UNWANTED
-    most = wanted_TE.sum(dim=-1).max().float()
-    priority_TE = (most - rank_TE.float() + prob_TE).masked_fill(~wanted_TE, -torch.inf)
+def serve(sorted_TK: Tensor, expert_TK: Tensor, wanted_TK: Tensor, capacity: int) -> Tensor:
+    """bool (T, K): the pairs that their expert serves, at most ``capacity`` each."""
+    most = wanted_TK.sum(dim=-1).max().float()
+    rank_K = torch.arange(sorted_TK.size(-1), dtype=torch.float32, device=sorted_TK.device)
+    priority_TK = (most - rank_K + sorted_TK).masked_fill(~wanted_TK, -torch.inf)
+    priority_TE = torch.empty_like(priority_TK).scatter_(1, expert_TK, priority_TK)
     served_CE = priority_TE.topk(capacity, dim=0).indices
-    return torch.zeros_like(wanted_TE).scatter_(0, served_CE, True) & wanted_TE
+    served_TE = torch.zeros_like(wanted_TK).scatter_(0, served_CE, True)
+    return served_TE.gather(1, expert_TK) & wanted_TK
 
 
 @register_model(ARCH)

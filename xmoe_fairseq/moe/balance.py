@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ordering import tally
+
 
 @dataclass(frozen=True)
 class BalanceTerms:
@@ -82,24 +84,29 @@ def balance_loss(terms: BalanceTerms) -> Tensor:
     return terms.load_G.numel() * ((terms.load_G / tokens) * (terms.prob_sum_G / tokens)).sum()
 
 
-def first_choice_terms(prob_TE: Tensor, rank_TE: Tensor, real_T: Tensor | None) -> BalanceTerms:
-    """Terms of Eq 7: the load of an expert is the number of tokens whose first choice it is."""
-    return _terms((rank_TE == 0).sum(dim=0).float(), prob_TE, real_T)
+def first_choice_terms(prob_TE: Tensor, first_T: Tensor, real_T: Tensor | None) -> BalanceTerms:
+    """Terms of Eq 7: the load of an expert is how many real tokens choose it first (``first_T``, int64)."""
+    return _terms(_load(first_T, prob_TE.size(-1), real_T), prob_TE, real_T)
 
 
-def null_averaged_terms(prob_TG: Tensor, chosen_TG: Tensor, num_true: int, real_T: Tensor | None) -> BalanceTerms:
+def null_averaged_terms(prob_TG: Tensor, gate_TK: Tensor, num_true: int, real_T: Tensor | None) -> BalanceTerms:
     """Terms of AdaMoE's Eq 6: all choices count; each null expert carries the mean load of the nulls.
 
     Args:
         prob_TG: float32, softmax over true experts, then null experts.
-        chosen_TG: bool, False at padding.
+        gate_TK: int64, the chosen gates of each token.
         num_true: true experts; the other columns are nulls.
         real_T: bool, False at padding; None when nothing is padding.
     """
-    load_G = chosen_TG.sum(dim=0).float()
+    load_G = _load(gate_TK, prob_TG.size(-1), None if real_T is None else real_T.unsqueeze(-1))
     if num_true < load_G.numel():
         load_G[num_true:] = load_G[num_true:].mean()
     return _terms(load_G, prob_TG, real_T)
+
+
+def _load(gate: Tensor, num_gates: int, real: Tensor | None) -> Tensor:
+    keep = torch.ones_like(gate, dtype=torch.bool) if real is None else real.expand_as(gate)
+    return tally(gate, keep, num_gates).float()
 
 
 def _terms(load_G: Tensor, prob_TG: Tensor, real_T: Tensor | None) -> BalanceTerms:

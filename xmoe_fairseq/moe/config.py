@@ -7,7 +7,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .activations import ACTIVATIONS
-from .plan import UNWANTED
 
 
 class _NotGiven:
@@ -92,8 +91,6 @@ class MoEConfig:
         self._settle_defaults()
         for name in ("embed_dim", "num_experts", "expert_dim", "min_capacity"):
             _require(getattr(self, name) >= 1, f"moe {name} ({getattr(self, name)}) must be at least 1")
-        gates = self.num_experts + self.num_null_experts
-        _require(gates < UNWANTED, f"moe num_experts + null experts ({gates}) must be below {UNWANTED}")
         for name in ("num_null_experts", "shared_expert_dim", "z_loss_weight"):
             value = getattr(self, name)
             _require(value >= 0, f"moe {name} ({value}) must not be negative; 0 turns it off")

@@ -31,7 +31,7 @@ from .experts import Experts, compute_dtype
 from .layer import MoELayer
 from .ordering import sort_descending
 from .plan import Choices, RoutingPlan
-from .routers.base import rank_matrix
+from .routers.base import real_choices
 
 # Numbers of merged matrices that exist at one time, per bank: 64 MiB in float32, 32 sentences of 512 x 1024.
 CHUNK_NUMBERS = 2**24
@@ -182,7 +182,7 @@ class MergedMoELayer(MoELayer):
     def _plan(
         self, x_TBD: Tensor, real_TB: Tensor | None, choice1: GateChoice, choice2: GateChoice, merges: int
     ) -> RoutingPlan:
-        num_tokens, num_experts = x_TBD.size(0) * x_TBD.size(1), self.config.num_experts
+        num_tokens = x_TBD.size(0) * x_TBD.size(1)
         num_real = torch.tensor(num_tokens, device=x_TBD.device) if real_TB is None else real_TB.sum()
         real_B = None if real_TB is None else real_TB.any(dim=0)
 
@@ -197,8 +197,9 @@ class MergedMoELayer(MoELayer):
             entropy = (entropy_T if real_T is None else entropy_T[real_T]).sum() / num_real.clamp(min=1)
         return make_plan(
             Choices(
-                rank_TE=rank_matrix(expert_TK, None, num_experts, real_T),
-                score_TE=weight_TE.detach(),
+                expert_TK=expert_TK,
+                chosen_TK=real_choices(expert_TK, None, real_T),
+                score_TK=weight_TE.detach().gather(1, expert_TK),
                 weight_TE=weight_TE,
                 balance=SpreadTerms(torch.cat([choice1.spread(real_B), choice2.spread(real_B)])),
                 entropy=entropy,

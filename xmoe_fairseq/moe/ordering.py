@@ -36,17 +36,11 @@ def sort_descending(prob_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sort_last(key: Tensor) -> Tensor:
-    """``key`` (int64) sorted along its last axis, ascending."""
+    """``key`` (int64, contiguous, overwritten on a CPU) sorted along its last axis, ascending."""
     if key.device.type == "cpu":
-        return torch.from_numpy(np.sort(key.numpy(), axis=-1))
+        key.numpy().sort(axis=-1)
+        return key
     return torch.sort(key, dim=-1).values
-
-
-def kth_smallest(key_RN: Tensor, k: int) -> Tensor:
-    """int64 (R,): the k-th smallest (k from 1) of each row."""
-    if key_RN.device.type == "cpu":
-        return torch.from_numpy(np.partition(key_RN.numpy(), k - 1, axis=-1)[:, k - 1].copy())
-    return torch.kthvalue(key_RN, k, dim=-1).values
 
 
 def flat_nonzero(mask: Tensor) -> Tensor:
@@ -54,3 +48,12 @@ def flat_nonzero(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask.reshape(-1)).squeeze(-1)
+
+
+def tally(index: Tensor, keep: Tensor, size: int) -> Tensor:
+    """int64 (size,): how often each of 0 .. size - 1 stands in ``index`` (int64) where ``keep`` (bool, same shape)."""
+    shown = torch.where(keep, index, size).reshape(-1)
+    if index.device.type == "cpu":
+        return torch.bincount(shown, minlength=size + 1)[:size]
+    # bincount would wait for the device to learn the largest index
+    return shown.new_zeros(size + 1).scatter_add_(0, shown, torch.ones_like(shown))[:size]

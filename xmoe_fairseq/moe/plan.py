@@ -1,7 +1,7 @@
 """RoutingPlan: all that routing tells the rest of the house.
 
-Axis letters: T tokens of the flattened batch, padding included; E experts; A assignments, that is kept (token,
-expert) pairs.
+Axis letters: T tokens of the flattened batch, padding included; E experts; K ranks, the most choices of a token; A
+assignments, that is kept (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -15,29 +15,26 @@ from torch import Tensor
 
 from .balance import BalanceTerms, SpreadTerms
 
-# A rank that no choice reaches: marks the experts a token does not want. 15 bits, so that a rank, a probability and a
-# token index fit one int64 key (capacity.py); MoEConfig allows no more gates than that.
-UNWANTED = 2**15 - 1
-
 
 class Choices(NamedTuple):
-    """What a router wants, before capacity.
+    """What a router wants, before capacity: the experts of each token, first choice in column 0, second in 1, ...
 
     A tuple because fairseq's search for a NaN hangs a backward hook on every module, and torch's wants the output to be
     made of tuples, dicts and tensors.
 
     Attributes:
-        rank_TE: int32, 0 for a token's first choice, 1 for its second, ..., ``UNWANTED`` where the expert is not
-            wanted. Rows of padding are all ``UNWANTED``.
-        score_TE: float32 >= 0, no gradient: within one rank an expert serves higher scores first.
+        expert_TK: int64 in [0, E), no expert twice among the chosen ones of a token; anything valid where not chosen.
+        chosen_TK: bool, False where there is no such choice: the token wants fewer experts, or is padding.
+        score_TK: float32 >= 0, no gradient: within one rank (column) an expert serves higher scores first.
         weight_TE: float32 with gradient: what the output of expert e is multiplied with for token t.
         balance: what the balance loss needs; None for a router without one.
         entropy: float32 scalar, nats, mean over real tokens of the router's entropy; 0 where it has no probabilities.
         z_loss: float32 scalar with gradient, already weighted; None when off.
     """
 
-    rank_TE: Tensor
-    score_TE: Tensor
+    expert_TK: Tensor
+    chosen_TK: Tensor
+    score_TK: Tensor
     weight_TE: Tensor
     balance: BalanceTerms | SpreadTerms | None
     entropy: Tensor

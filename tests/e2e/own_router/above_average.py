@@ -2,7 +2,7 @@
 
 from xmoe_fairseq.moe import register_router
 from xmoe_fairseq.moe.ordering import sort_descending
-from xmoe_fairseq.moe.routers.base import Router, probability_choices, rank_matrix
+from xmoe_fairseq.moe.routers.base import Router, probability_choices
 
 
 @register_router("above_average")
@@ -11,5 +11,4 @@ class AboveAverageRouter(Router):
         sorted_TE, expert_TE = sort_descending(prob_TG.detach())
         chosen_TE = sorted_TE > 1 / prob_TG.size(-1)
         chosen_TE[:, 0] = True  # where all are equal
-        rank_TE = rank_matrix(expert_TE, chosen_TE, prob_TG.size(-1), real_T)
-        return probability_choices(prob_TG, rank_TE, real_T, normalize=False)
+        return probability_choices(prob_TG, expert_TE, chosen_TE, real_T, normalize=False)

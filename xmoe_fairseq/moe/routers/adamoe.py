@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..balance import null_averaged_terms
-from ..ordering import sort_descending
-from ..plan import UNWANTED, Choices
-from .base import probability_choices, rank_matrix, register_router
+from ..plan import Choices
+from .base import probability_choices, register_router
 from .top_k import TopKRouter
 
 
@@ -29,14 +28,14 @@ class AdaMoERouter(TopKRouter):
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         num_true = self.config.num_experts
         with torch.no_grad():
-            score_TG = self.selection_score(prob_TG)
-            expert_TK = sort_descending(score_TG)[1][:, : self.num_choices]
-            rank_TG = rank_matrix(expert_TK, None, prob_TG.size(-1), real_T)
+            score_TK, gate_TK = self.first_choices(prob_TG)
+            is_true_TK = gate_TK < num_true
         return probability_choices(
             prob_TG[:, :num_true],
-            rank_TG[:, :num_true].contiguous(),
+            torch.where(is_true_TK, gate_TK, 0),
+            is_true_TK,
             real_T,
             normalize=True,
-            score_TE=score_TG[:, :num_true],
-            balance=null_averaged_terms(prob_TG, rank_TG != UNWANTED, num_true, real_T),
+            score_TK=score_TK,
+            balance=null_averaged_terms(prob_TG, gate_TK, num_true, real_T),
         )

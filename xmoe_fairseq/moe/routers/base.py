@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..balance import BalanceTerms, first_choice_terms
 from ..config import MoEConfig
-from ..plan import UNWANTED, Choices
+from ..plan import Choices
 
 ROUTERS: dict[str, type[Router]] = {}
 # Chosen experts that together have less probability than this have none: null experts took it all.
@@ -126,46 +126,47 @@ def refuse_settings(config: MoEConfig, **off: object) -> None:
             )
 
 
-def rank_matrix(expert_TK: Tensor, chosen_TK: Tensor | None, num_gates: int, real_T: Tensor | None) -> Tensor:
-    """int32 (T, G): position of each gate among a token's choices, ``UNWANTED`` elsewhere and at padding.
-
-    Args:
-        expert_TK: int64, gates from first choice to last, all different in a row.
-        chosen_TK: bool, False where a position is not chosen; None when all are.
-    """
-    num_tokens, num_ranks = expert_TK.shape
-    rank_TK = torch.arange(num_ranks, dtype=torch.int32, device=expert_TK.device).expand(num_tokens, num_ranks)
-    if chosen_TK is not None:
-        rank_TK = rank_TK.masked_fill(~chosen_TK, UNWANTED)
-    if real_T is not None:
-        rank_TK = rank_TK.masked_fill(~real_T.unsqueeze(-1), UNWANTED)
-    rank_TG = torch.full((num_tokens, num_gates), UNWANTED, dtype=torch.int32, device=expert_TK.device)
-    return rank_TG.scatter_(1, expert_TK, rank_TK)
-
-
 def probability_choices(
     prob_TE: Tensor,
-    rank_TE: Tensor,
+    expert_TK: Tensor,
+    chosen_TK: Tensor | None,
     real_T: Tensor | None,
     *,
     normalize: bool,
-    score_TE: Tensor | None = None,
+    score_TK: Tensor | None = None,
     balance: BalanceTerms | None = None,
 ) -> Choices:
-    """Choices weighted by the raw probability (Eq 2), or by its share among a token's choices if ``normalize``."""
+    """Choices weighted by the raw probability (Eq 2), or by its share among a token's choices if ``normalize``.
+
+    Args:
+        prob_TE: float32 with gradient.
+        expert_TK: int64, experts from first choice to last, all different in a row.
+        chosen_TK: bool, False where a rank is not taken; None when all are.
+        real_T: bool, False at padding; None when nothing is padding.
+        score_TK: float32 >= 0, who is served first within a rank; None: the probability.
+        balance: None: Eq 7 over first choices.
+    """
+    chosen_TK = real_choices(expert_TK, chosen_TK, real_T)
     weight_TE = prob_TE
     if normalize:
-        chosen_TE = torch.where(rank_TE != UNWANTED, prob_TE, 0.0)
-        mass_T1 = chosen_TE.sum(dim=-1, keepdim=True)
+        mass_T1 = torch.where(chosen_TK, prob_TE.gather(1, expert_TK), 0.0).sum(dim=-1, keepdim=True)
         # below this the gradient 1 / mass would overflow; the weights of such a token stay what they are, next to 0
-        weight_TE = chosen_TE / torch.where(mass_T1 > LEAST_MASS, mass_T1, 1.0)
+        weight_TE = prob_TE / torch.where(mass_T1 > LEAST_MASS, mass_T1, 1.0)
     return Choices(
-        rank_TE=rank_TE,
-        score_TE=(prob_TE if score_TE is None else score_TE).detach(),
+        expert_TK=expert_TK,
+        chosen_TK=chosen_TK,
+        score_TK=prob_TE.detach().gather(1, expert_TK) if score_TK is None else score_TK,
         weight_TE=weight_TE,
-        balance=first_choice_terms(prob_TE, rank_TE, real_T) if balance is None else balance,
+        balance=first_choice_terms(prob_TE, expert_TK[:, 0], real_T) if balance is None else balance,
         entropy=prob_TE.new_zeros(()),
     )
+
+
+def real_choices(expert_TK: Tensor, chosen_TK: Tensor | None, real_T: Tensor | None) -> Tensor:
+    """bool (T, K): what a token takes (``chosen_TK``; None: every rank), nothing at padding."""
+    if chosen_TK is None:
+        chosen_TK = torch.ones_like(expert_TK, dtype=torch.bool)
+    return chosen_TK if real_T is None else chosen_TK & real_T.unsqueeze(-1)
 
 
 def _with_statistics(
@@ -178,7 +179,7 @@ def _with_statistics(
     z_loss = None
     if z_loss_weight > 0:
         z_loss = z_loss_weight * mean_over_real(logits_TG.logsumexp(dim=-1) ** 2, real_T)
-    return Choices(choices.rank_TE, choices.score_TE, choices.weight_TE, choices.balance, entropy, z_loss)
+    return choices._replace(entropy=entropy, z_loss=z_loss)
 
 
 def mean_over_real(value_T: Tensor, real_T: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, rank_matrix, refuse_settings, register_router
+from .base import Router, real_choices, refuse_settings, register_router
 
 # The assignment costs about n^3 (40 ms for 1024 tokens on one core, 1.8 s for 4096): larger batches go block by block.
 BLOCK_TOKENS = 1024
@@ -77,9 +77,11 @@ class BaseLayersRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             score_TE = self._router_input(x_TD) @ self.weight.float().t()
             gate_TE = torch.sigmoid(score_TE)
+        expert_T1 = self._expert(score_TE, real_T)
         return Choices(
-            rank_TE=rank_matrix(self._expert(score_TE, real_T), None, score_TE.size(1), real_T),
-            score_TE=gate_TE.detach(),
+            expert_TK=expert_T1,
+            chosen_TK=real_choices(expert_T1, None, real_T),
+            score_TK=gate_TE.detach().gather(1, expert_T1),
             weight_TE=gate_TE,
             balance=None,
             entropy=score_TE.new_zeros(()),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, rank_matrix, refuse_settings, register_router
+from .base import Router, real_choices, refuse_settings, register_router
 
 _MASK = 0x7FFFFFFFFFFFFFFF
 
@@ -47,11 +47,12 @@ class HashRouter(Router):
                 "token_ids=... (the models of this package do), or choose another moe_router"
             )
         expert_T1 = hash_experts(token_ids_T, self.seed, self.config.num_experts).unsqueeze(-1)
-        one_TE = torch.ones((), device=x_TD.device).expand(x_TD.size(0), self.config.num_experts)
+        one = torch.ones((), device=x_TD.device)
         return Choices(
-            rank_TE=rank_matrix(expert_T1, None, self.config.num_experts, real_T),
-            score_TE=one_TE,
-            weight_TE=one_TE,
+            expert_TK=expert_T1,
+            chosen_TK=real_choices(expert_T1, None, real_T),
+            score_TK=one.expand_as(expert_T1),
+            weight_TE=one.expand(x_TD.size(0), self.config.num_experts),
             balance=None,
-            entropy=one_TE.new_zeros(()),
+            entropy=one.new_zeros(()),
         )

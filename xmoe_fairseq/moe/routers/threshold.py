@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ordering import sort_descending
 from ..plan import Choices
-from .base import Router, probability_choices, rank_matrix, register_router
+from .base import Router, probability_choices, register_router
 
 
 def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
@@ -41,7 +41,7 @@ class ThresholdRouter(Router):
             if self.config.max_experts is not None:
                 count_T = count_T.clamp(max=self.config.max_experts)
             longest = int(count_T.max()) if count_T.numel() and count_T.device.type == "cpu" else sorted_TE.size(-1)
-            expert_TK = expert_TE[:, :longest]
+            expert_TK, score_TK = expert_TE[:, :longest], sorted_TE[:, :longest]
             chosen_TK = torch.arange(longest, device=count_T.device) < count_T.unsqueeze(-1)
-            rank_TE = rank_matrix(expert_TK, chosen_TK, prob_TG.size(-1), real_T)
-        return probability_choices(prob_TG, rank_TE, real_T, normalize=self.config.normalize_weights)
+        normalize = self.config.normalize_weights
+        return probability_choices(prob_TG, expert_TK, chosen_TK, real_T, normalize=normalize, score_TK=score_TK)

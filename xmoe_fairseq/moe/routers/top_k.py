@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..ordering import sort_descending
 from ..plan import Choices
-from .base import Router, probability_choices, rank_matrix, register_router
+from .base import Router, probability_choices, register_router
 
 
 @register_router("top_k")
@@ -30,11 +30,14 @@ class TopKRouter(Router):
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.no_grad():
-            score_TE = self.selection_score(prob_TG)
-            expert_TK = sort_descending(score_TE)[1][:, : self.num_choices]
-            rank_TE = rank_matrix(expert_TK, None, prob_TG.size(-1), real_T)
+            score_TK, expert_TK = self.first_choices(prob_TG)
         normalize = self.config.normalize_weights
-        return probability_choices(prob_TG, rank_TE, real_T, normalize=normalize, score_TE=score_TE)
+        return probability_choices(prob_TG, expert_TK, None, real_T, normalize=normalize, score_TK=score_TK)
+
+    def first_choices(self, prob_TG: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (float32) and gates (int64) of the ``num_choices`` best of each token, best first."""
+        score_TG, gate_TG = sort_descending(self.selection_score(prob_TG))
+        return score_TG[:, : self.num_choices], gate_TG[:, : self.num_choices]
 
 
 @register_router("switch")
