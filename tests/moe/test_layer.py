@@ -437,3 +437,22 @@ def test_torch_compile_computes_the_same(case: str) -> None:
             results.append([y, plan.token_index_A, plan.weight_A, *found.values()])
         for eager, other in zip(*results, strict=True):
             torch.testing.assert_close(other, eager)
+
+
+@ALL_PATHS
+@ALL_ROUTERS
+def test_deterministic_mode_takes_every_way_and_repeats_it_to_the_last_bit(case: str, compute: str) -> None:
+    def step() -> list[torch.Tensor | None]:
+        layer = tiny_layer(case, compute=compute)
+        x = tokens(50).requires_grad_()
+        y, plan = layer(x, token_ids=torch.arange(50))
+        (y.square().sum() + plan.balance_loss).backward()
+        return [y.detach(), x.grad, *(weight.grad for weight in layer.parameters())]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = step(), step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(first, second, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)

@@ -1,11 +1,15 @@
 """Rows by expert, and back by token.
 
-A ``RowLayout`` says where each kept (token, expert) pair of a plan lies in a flat list of rows, and multiplies those
-rows with their experts' matrices. Axis letters: T tokens; D, F widths; E experts; A assignments of the plan; R rows of
-the layout (A, or E x C where rows are padded to the fullest expert); C rows of the fullest expert; X experts with rows.
+``TokenRows`` says where each kept (token, expert) pair of a plan lies in a flat list of rows; a ``RowLayout`` also
+multiplies those rows with their experts' matrices.
+
+Axis letters: T tokens; D, I, O widths; E experts; A assignments of the plan; R rows of the layout (A, or E x C where
+rows are padded to the fullest expert); C rows of the fullest expert.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -14,8 +18,8 @@ from .memory import empty
 from .plan import RoutingPlan
 
 
-class RowLayout:
-    """Ragged rows: A rows in the plan's order. Subclasses multiply; none changes the result, only the speed.
+class TokenRows:
+    """Ragged rows: A rows in the plan's order.
 
     Attributes:
         token_R: int64, the token of each row.
@@ -27,14 +31,6 @@ class RowLayout:
         self.num_tokens = plan.num_tokens
         self.token_R = plan.token_index_A
         self.slot_A: Tensor | None = None
-
-    def spread(self, value_A: Tensor) -> Tensor:
-        """A value per assignment -> a value per row."""
-        return value_A
-
-    def collect(self, value_R: Tensor) -> Tensor:
-        """A value per row -> a value per assignment."""
-        return value_R if self.slot_A is None else value_R.index_select(0, self.slot_A)
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (R, D)."""
@@ -58,17 +54,29 @@ class RowLayout:
         count_T = torch.bincount(self.plan.token_index_A, minlength=self.num_tokens)
         return order_A, count_T.cumsum(0) - count_T
 
+
+class RowLayout(TokenRows, ABC):
+    """Rows and the products with their experts' matrices. The layouts differ in speed, not in results."""
+
+    @abstractmethod
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
         """Each row times its expert's matrix, plus its bias: (R, O)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
         """Each row's gradient times its expert's transposed matrix: (R, I)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
         """Sum over an expert's rows of the outer products: (E, I, O); 0 for idle experts."""
-        raise NotImplementedError
+
+    def spread(self, value_A: Tensor) -> Tensor:
+        """A value per assignment -> a value per row."""
+        return value_A
+
+    def collect(self, value_R: Tensor) -> Tensor:
+        """A value per row -> a value per assignment."""
+        return value_R if self.slot_A is None else value_R.index_select(0, self.slot_A)
 
     def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
         """Sum over an expert's rows, scaled by ``weight_R`` (float32) if given: (E, O)."""

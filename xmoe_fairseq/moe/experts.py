@@ -80,8 +80,6 @@ class Experts(nn.Module):
         """Every expert on every token, as one dense FFN of E x F hidden units, with unkept weights 0."""
         w1_EDF, b1_EF, w2_EFD, b2_ED = weights
         num_experts, width, hidden = w1_EDF.shape
-        served_T = plan.experts_per_token_T > 0
-        x_TD = x_TD.masked_fill(~served_T.unsqueeze(-1), 0.0)  # what padding holds must not matter, NaN included
         weight_TE = plan.weight_A.new_zeros(plan.num_tokens, num_experts)
         weight_TE = weight_TE.index_put((plan.token_index_A, plan.expert_index_A), plan.weight_A).to(x_TD.dtype)
         pre = torch.addmm(b1_EF.reshape(-1), x_TD, w1_EDF.permute(1, 0, 2).reshape(width, num_experts * hidden))

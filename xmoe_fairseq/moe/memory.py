@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -24,6 +25,19 @@ _LEAST_SHARE = 0.75
 _BLOCK_BYTES = 512 << 10
 
 
+@dataclass
+class _Buffer:
+    """Bytes, the number of the request that used them last, and how many of them were ever handed out."""
+
+    array: np.ndarray
+    last_use: int = 0
+    touched: int = 0
+
+    def is_free(self) -> bool:
+        # this object's reference and the argument's
+        return sys.getrefcount(self.array) == 2
+
+
 class BufferPool:
     """Memory for tensors, reused when the last tensor on it is gone.
 
@@ -34,8 +48,7 @@ class BufferPool:
 
     def __init__(self, patience: int = 1000) -> None:
         self.patience = patience
-        self._buffers: list[np.ndarray] = []
-        self._last_use: list[int] = []
+        self._buffers: list[_Buffer] = []
         self._requests = 0
         self._lock = threading.Lock()
 
@@ -43,43 +56,37 @@ class BufferPool:
         """uint8 (num_bytes,), uninitialised."""
         with self._lock:
             self._requests += 1
-            chosen = -1
-            for index in range(len(self._buffers)):
-                size = self._buffers[index].nbytes
-                fits = num_bytes <= size and size * _LEAST_SHARE <= num_bytes
-                if fits and self._is_free(index) and (chosen < 0 or size < self._buffers[chosen].nbytes):
-                    chosen = index
-            if chosen < 0:
+            fitting = [
+                buffer
+                for buffer in self._buffers
+                if num_bytes <= buffer.array.nbytes
+                and buffer.array.nbytes * _LEAST_SHARE <= num_bytes
+                and buffer.is_free()
+            ]
+            if fitting:
+                chosen = min(fitting, key=lambda buffer: buffer.array.nbytes)
+            else:
                 self._forget_idle(self.patience)
-                self._buffers.append(np.empty(num_bytes + num_bytes // 8, dtype=np.uint8))
-                self._last_use.append(0)
-                chosen = len(self._buffers) - 1
-            self._last_use[chosen] = self._requests
-            return torch.from_numpy(self._buffers[chosen])[:num_bytes]
+                # the spare eighth serves a next batch of more rows; it is not mapped before it is touched
+                chosen = _Buffer(np.empty(num_bytes + num_bytes // 8, dtype=np.uint8))
+                self._buffers.append(chosen)
+            chosen.last_use, chosen.touched = self._requests, max(chosen.touched, num_bytes)
+            return torch.from_numpy(chosen.array)[:num_bytes]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, in use or idle."""
+        """Bytes of memory in use or idle; what no tensor ever covered is not mapped, and not counted."""
         with self._lock:
-            return sum(buffer.nbytes for buffer in self._buffers)
+            return sum(buffer.touched for buffer in self._buffers)
 
     def release(self) -> None:
         """Give every idle buffer back to the system."""
         with self._lock:
             self._forget_idle(patience=-1)
 
-    def _is_free(self, index: int) -> bool:
-        # the list's reference and the argument's
-        return sys.getrefcount(self._buffers[index]) == 2
-
     def _forget_idle(self, patience: int) -> None:
-        stale = [
-            index
-            for index in range(len(self._buffers))
-            if self._is_free(index) and self._requests - self._last_use[index] > patience
-        ]
-        for index in reversed(stale):
-            del self._buffers[index], self._last_use[index]
+        oldest = self._requests - patience
+        self._buffers = [buffer for buffer in self._buffers if buffer.last_use >= oldest or not buffer.is_free()]
 
 
 pool = BufferPool()

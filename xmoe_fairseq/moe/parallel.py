@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import MoEConfig
-from .dispatch import RowLayout
+from .dispatch import TokenRows
 from .experts import Experts
 from .plan import RoutingPlan
 
@@ -118,14 +118,14 @@ class _Exchange:
     """Who sends how many rows to whom, for one plan. Reads the counts on the host.
 
     Attributes:
-        layout: rows of this rank's tokens by expert.
+        rows: rows of this rank's tokens by expert.
         sent: rows for each rank. received: rows from each rank.
         count_SL: int64, rows from each rank for each expert held here.
     """
 
     def __init__(self, plan: RoutingPlan) -> None:
         ranks = num_ranks()
-        self.layout = RowLayout(plan)
+        self.rows = TokenRows(plan)
         count_SL = plan.count_E.view(ranks, -1).contiguous()
         self.count_SL = torch.empty_like(count_SL)
         dist.all_to_all_single(self.count_SL, count_SL)
@@ -174,13 +174,13 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_A: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        return exchange.there(exchange.layout.gather(x_TD)), exchange.there(weight_A)
+        return exchange.there(exchange.rows.gather(x_TD)), exchange.there(weight_A)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange = ctx.exchange
-        grad_TD = exchange.layout.combine(exchange.back(grad_RD), None)
+        grad_TD = exchange.rows.combine(exchange.back(grad_RD), None)
         return grad_TD, exchange.back(grad_R), None
 
 
@@ -190,13 +190,13 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out_RD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.layout.combine(exchange.back(out_RD), None)
+        return exchange.rows.combine(exchange.back(out_RD), None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        return exchange.there(exchange.layout.gather(grad_TD.contiguous())), None
+        return exchange.there(exchange.rows.gather(grad_TD.contiguous())), None
 
 
 def gather_experts(local: Tensor) -> Tensor | None:

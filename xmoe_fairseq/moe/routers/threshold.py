@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..ordering import sort_descending
 from ..plan import Choices
 from .base import Router, probability_choices, register_router
+
+# Probabilities are summed as integers, in units of 2^-53.
+_UNITS = 2**53
 
 
 def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
@@ -20,9 +25,9 @@ def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
     num_tokens, num_experts = sorted_TE.shape
     if threshold >= 1.0:
         return torch.full((num_tokens,), num_experts, device=sorted_TE.device)
-    # float64: the sum of many float32 probabilities must not lose the experts of the tail
-    mass_TE = sorted_TE[:, :-1].double().cumsum(dim=-1)
-    return (mass_TE < threshold).sum(dim=-1) + 1
+    # float32 sums would lose the experts of the tail; integer sums are the same in any order, so on any device
+    mass_TE = (sorted_TE[:, :-1].double() * _UNITS).long().cumsum(dim=-1)
+    return (mass_TE < math.ceil(threshold * _UNITS)).sum(dim=-1) + 1
 
 
 @register_router("threshold")
