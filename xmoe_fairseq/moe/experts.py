@@ -7,8 +7,8 @@ Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
 
     bmm      rows padded to the fullest expert, one batched GEMM: best on CPUs when loads are even, as they are in
              training, where capacity fills most experts to the brim.
-    grouped  torch's grouped GEMM over ragged groups: CUDA, and uneven loads.
-    loop     one GEMM per expert that has rows: few rows, as in incremental decoding.
+    loop     one GEMM per expert that has rows: CPUs, uneven loads and few rows, as in incremental decoding.
+    grouped  torch's grouped GEMM over ragged groups: CUDA.
     masked   all experts on all tokens, weight 0 where not kept: tiny experts or nearly full choice, where gathering a
              row costs more than computing it (dense-as-XMoE at t = 1, experts of size 1).
 
@@ -33,12 +33,11 @@ from .dispatch import LAYOUTS, RowLayout, groupable
 from .memory import empty, row_blocks
 from .plan import RoutingPlan
 
-# Below this many rows a GEMM per active expert beats batching, whose padding and idle experts cost more (decoding).
-LOOP_ROWS = 256
 # Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
 GATHER_UNITS = 42
-# bmm computes padding; beyond this many computed rows per kept row the ragged GEMM wins.
-BMM_PADDING = 1.3
+# What a GEMM costs on a CPU before its first row, in rows (reading the matrix), batched and by itself, and what a row
+# costs by itself when it costs 1 in a batch. Fitted to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and bfloat16.
+BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
 
 
 class Experts(nn.Module):
@@ -93,10 +92,9 @@ class Experts(nn.Module):
 def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:
     """Which of the four ways computes this plan; ``config.compute`` overrides the rules.
 
-    Only shapes and, on a CPU, the fullest expert's count are looked at: on CUDA there is no synchronisation here.
+    Only shapes and, on a CPU, the counts of rows are looked at: on CUDA there is no synchronisation here.
     """
-    ragged = "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
-    if config.compute == "grouped" and ragged != "grouped":
+    if config.compute == "grouped" and not groupable(config.embed_dim, config.expert_dim, dtype=dtype):
         raise ValueError(
             f"moe_compute grouped cannot multiply {dtype} matrices of {config.embed_dim} x {config.expert_dim}: "
             "torch's grouped GEMM takes half and single precision and rows of whole 16 bytes; choose auto, bmm or loop"
@@ -108,11 +106,10 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
         return "masked"
     if plan.token_index_A.device.type != "cpu":
-        return ragged
-    if rows <= LOOP_ROWS:
-        return "loop"
-    computed = int(plan.count_E.max()) * config.num_experts
-    return "bmm" if computed <= BMM_PADDING * rows else ragged
+        return "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
+    batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
+    single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows
+    return "bmm" if batched <= single else "loop"
 
 
 def compute_dtype(x_TD: Tensor) -> torch.dtype:
