@@ -105,8 +105,7 @@ def null_averaged_terms(prob_TG: Tensor, gate_TK: Tensor, num_true: int, real_T:
 
 
 def _load(gate: Tensor, num_gates: int, real: Tensor | None) -> Tensor:
-    keep = torch.ones_like(gate, dtype=torch.bool) if real is None else real.expand_as(gate)
-    return tally(gate, keep, num_gates).float()
+    return tally(gate, num_gates, None if real is None else real.expand_as(gate)).float()
 
 
 def _terms(load_G: Tensor, prob_TG: Tensor, real_T: Tensor | None) -> BalanceTerms:

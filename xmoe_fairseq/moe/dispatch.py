@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from . import host
 from .memory import empty
 from .plan import RoutingPlan
 
@@ -51,7 +52,7 @@ class TokenRows:
 
     def _by_token(self) -> tuple[Tensor, Tensor]:
         order_A = torch.argsort(self.plan.token_index_A, stable=True)
-        count_T = torch.bincount(self.plan.token_index_A, minlength=self.num_tokens)
+        count_T = self.plan.experts_per_token_T
         return order_A, count_T.cumsum(0) - count_T
 
 
@@ -195,7 +196,7 @@ class GroupedRows(RowLayout):
         return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        if in_RI.device.type == "cpu":
+        if host.has(in_RI):
             return LoopRows(self.plan).weight_gradient(in_RI, grad_RO)
         return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import host
 from .activations import ACTIVATIONS, Activation
 from .config import MoEConfig
 from .dispatch import LAYOUTS, RowLayout, groupable
@@ -105,7 +106,7 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     pairs = plan.num_tokens * config.num_experts
     if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
         return "masked"
-    if plan.token_index_A.device.type != "cpu":
+    if not host.has(plan.token_index_A):
         return "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
     batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
     single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows

@@ -67,8 +67,10 @@ class MoELayer(nn.Module):
         x_TD, real_T, ids_T = self._flatten(x, padding, token_ids)
         num_real = torch.tensor(x_TD.size(0), device=x.device) if real_T is None else real_T.sum()
         limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
-        # with padding this is a host synchronisation on CUDA: the capacity must be a number
-        capacity = self.config.capacity(int(num_real), self.training) if limited else None
+        capacity = None
+        if limited:
+            # with padding a host synchronisation on CUDA: the capacity is a number. Listing the pairs is the other one
+            capacity = self.config.capacity(x_TD.size(0) if real_T is None else int(num_real), self.training)
         choices = self.router(x_TD, real_T, ids_T)
         plan = make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)
         y_TD = self.experts(x_TD, plan)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .balance import BalanceTerms, SpreadTerms
+from .ordering import tally
 
 
 class Choices(NamedTuple):
@@ -83,4 +83,4 @@ class RoutingPlan:
     @cached_property
     def experts_per_token_T(self) -> Tensor:
         """int64 (T,): experts that really computed each token."""
-        return torch.bincount(self.token_index_A, minlength=self.num_tokens)
+        return tally(self.token_index_A, self.num_tokens)

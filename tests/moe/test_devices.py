@@ -1,0 +1,128 @@
+"""What GPUs compute: run on CPU tensors by answering ``host.has`` with no, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.moe.helpers import PATHS, ROUTERS, assert_near, assert_same_plan, slow_forward, tiny_layer, tokens
+from xmoe_fairseq.moe import MoELayer, RoutingPlan, host
+from xmoe_fairseq.moe.experts import choose_path
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+COUNT = 60
+
+
+def step(layer: MoELayer, device: str = "cpu") -> tuple[torch.Tensor, RoutingPlan, list[torch.Tensor]]:
+    """Output, plan and gradients (on the CPU) of one training step with padding."""
+    layer = layer.to(device)
+    x = tokens(COUNT).to(device).requires_grad_()
+    padding, ids = torch.arange(COUNT) % 7 == 0, torch.arange(COUNT)
+    y, plan = layer(x, padding=padding.to(device), token_ids=ids.to(device))
+    leaves = [x, *layer.parameters()]
+    grads = torch.autograd.grad(y.square().sum() + plan.balance_loss, leaves, allow_unused=True)
+    return y.cpu(), plan, [grad.cpu() for grad in grads if grad is not None]
+
+
+def assert_same_step(one: tuple[Any, ...], other: tuple[Any, ...], relative: float = 1e-5) -> None:
+    for name in ("token_index_A", "expert_index_A", "count_E", "wanted_E"):
+        assert getattr(one[1], name).tolist() == getattr(other[1], name).tolist()
+    assert_near(one[0], other[0], relative)
+    for mine, theirs in zip(one[2], other[2], strict=True):
+        assert_near(mine, theirs, relative)
+
+
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.5, "min_capacity": 1}, {"capacity_factor": None}])
+@pytest.mark.parametrize("compute", ["auto", *PATHS])
+@pytest.mark.parametrize("case", ROUTERS)
+def test_without_looking_the_same_is_decided_and_computed(
+    case: str, compute: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = step(tiny_layer(case, compute=compute, **settings))
+    monkeypatch.setattr(host, "has", lambda tensor: False)
+    assert_same_step(step(tiny_layer(case, compute=compute, **settings)), expected)
+
+
+@pytest.mark.parametrize("case", ["threshold", "adamoe", "hash"])
+def test_without_looking_decisions_are_those_of_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "has", lambda tensor: False)
+    layer = tiny_layer(case, capacity_factor=0.7, min_capacity=1)
+    x, ids = tokens(COUNT), torch.arange(COUNT)
+    padding = ids % 5 == 0
+    assert_same_plan(layer(x, padding, ids)[1], slow_forward(layer, x, padding, ids))
+
+
+def test_grouped_where_torch_has_it_and_a_loop_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = tiny_layer("switch", embed_dim=8, expert_dim=512, capacity_factor=None)
+    plan = layer(tokens(COUNT))[1]
+    monkeypatch.setattr(host, "has", lambda tensor: False)
+    assert choose_path(layer.config, plan, torch.float32) == "grouped"
+    assert choose_path(layer.config, plan, torch.float64) == "loop"
+    assert choose_path(replace(layer.config, expert_dim=509), plan, torch.float32) == "loop"  # not whole 16 bytes
+
+
+@pytest.mark.parametrize(("padded", "waits"), [(False, ["nonzero"]), (True, ["_local_scalar_dense", "nonzero"])])
+@pytest.mark.parametrize("case", ["threshold", "top_k", "hash", "adamoe"])
+def test_the_host_waits_for_the_list_of_pairs_and_with_padding_for_the_capacity(
+    case: str, padded: bool, waits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "has", lambda tensor: False)
+    layer = tiny_layer(case, compute="grouped")
+    x, ids = tokens(COUNT).requires_grad_(), torch.arange(COUNT)
+    with Waits() as seen:
+        y, plan = layer(x, padding=ids % 7 == 0 if padded else None, token_ids=ids)
+        (y.square().sum() + plan.balance_loss).backward()
+    assert seen.names == waits
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result, or whose size of it, the host must know: on a GPU it waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique_consecutive", "_unique2"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("compute", ["auto", *PATHS])
+@pytest.mark.parametrize("case", ROUTERS)
+def test_a_gpu_decides_and_computes_what_a_cpu_does(case: str, compute: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert_same_step(step(tiny_layer(case, compute=compute), "cuda"), step(tiny_layer(case, compute=compute)), 1e-4)
+
+
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute", ["auto", "bmm", "loop"])
+def test_half_precision_on_a_gpu_is_near_single(compute: str, dtype: torch.dtype) -> None:
+    layer = tiny_layer("threshold", compute=compute, embed_dim=64, expert_dim=128).cuda()
+    x = tokens(COUNT, width=64).cuda()
+    with torch.no_grad():
+        expected, plan = layer(x)
+        with torch.autocast("cuda", dtype=dtype):
+            y, half_plan = layer(x)
+        assert_near(y.float().cpu(), expected.cpu(), 0.03)
+        # the router computes in float32, whatever the experts do
+        assert torch.equal(plan.expert_index_A, half_plan.expert_index_A)
+
+
+@NEEDS_GPU
+def test_deterministic_mode_on_a_gpu_repeats_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (step(tiny_layer("threshold"), "cuda") for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
