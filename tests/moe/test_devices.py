@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.moe.helpers import PATHS, ROUTERS, assert_near, assert_same_plan, slow_forward, tiny_layer, tokens
-from xmoe_fairseq.moe import MoELayer, RoutingPlan, host
+from xmoe_fairseq.moe import MoELayer, RoutingPlan, experts, host
+from xmoe_fairseq.moe.dispatch import has_grouped_kernel
 from xmoe_fairseq.moe.experts import choose_path
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -56,13 +57,20 @@ def test_without_looking_decisions_are_those_of_the_reference(case: str, monkeyp
     assert_same_plan(layer(x, padding, ids)[1], slow_forward(layer, x, padding, ids))
 
 
-def test_grouped_where_torch_has_it_and_a_loop_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouped_where_torch_has_a_kernel_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = tiny_layer("switch", embed_dim=8, expert_dim=512, capacity_factor=None)
     plan = layer(tokens(COUNT))[1]
-    monkeypatch.setattr(host, "has", lambda tensor: False)
-    assert choose_path(layer.config, plan, torch.float32) == "grouped"
-    assert choose_path(layer.config, plan, torch.float64) == "loop"
-    assert choose_path(replace(layer.config, expert_dim=509), plan, torch.float32) == "loop"  # not whole 16 bytes
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda")
+    assert has_grouped_kernel(gpu, torch.bfloat16)
+    assert not has_grouped_kernel(gpu, torch.float16)
+    assert not has_grouped_kernel(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not has_grouped_kernel(gpu, torch.bfloat16)
+
+    monkeypatch.setattr(experts, "has_grouped_kernel", lambda device, dtype: True)
+    assert choose_path(layer.config, plan, torch.bfloat16) == "grouped"
+    assert choose_path(replace(layer.config, expert_dim=509), plan, torch.bfloat16) == "bmm"  # not whole 16 bytes
 
 
 @pytest.mark.parametrize(("padded", "waits"), [(False, ["nonzero"]), (True, ["_local_scalar_dense", "nonzero"])])

@@ -202,13 +202,19 @@ class GroupedRows(RowLayout):
 
 
 def groupable(*widths: int, dtype: torch.dtype) -> bool:
-    """Whether torch has a grouped GEMM that takes these widths (rows of whole 16 bytes) and this dtype."""
-    has_kernel = hasattr(torch.nn.functional, "grouped_mm") and dtype in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    )
-    return has_kernel and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    """Whether ``torch.nn.functional.grouped_mm`` takes these widths (rows of whole 16 bytes) and this dtype."""
+    known = hasattr(torch.nn.functional, "grouped_mm") and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped_mm is one kernel there. In all other places torch stands in a loop of GEMMs over the groups.
+
+    Source: pytorch/pytorch pull requests 161407 and 162059.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 LAYOUTS: dict[str, type[RowLayout]] = {"bmm": BatchedRows, "grouped": GroupedRows, "loop": LoopRows}

@@ -7,8 +7,8 @@ Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
 
     bmm      rows padded to the fullest expert, one batched GEMM: best on CPUs when loads are even, as they are in
              training, where capacity fills most experts to the brim.
-    loop     one GEMM per expert that has rows: CPUs, uneven loads and few rows, as in incremental decoding.
-    grouped  torch's grouped GEMM over ragged groups: CUDA.
+    loop     one GEMM per expert that has rows: uneven loads and few rows, as in incremental decoding.
+    grouped  torch's grouped GEMM over ragged groups: bfloat16 on GPUs from compute capability 9.0 (H100) on.
     masked   all experts on all tokens, weight 0 where not kept: tiny experts or nearly full choice, where gathering a
              row costs more than computing it (dense-as-XMoE at t = 1, experts of size 1).
 
@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import host
 from .activations import ACTIVATIONS, Activation
 from .config import MoEConfig
-from .dispatch import LAYOUTS, RowLayout, groupable
+from .dispatch import LAYOUTS, RowLayout, groupable, has_grouped_kernel
 from .memory import empty, row_blocks
 from .plan import RoutingPlan
 
 # Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
 GATHER_UNITS = 42
 # What a GEMM costs on a CPU before its first row, in rows (reading the matrix), batched and by itself, and what a row
-# costs by itself when it costs 1 in a batch. Fitted to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and bfloat16.
+# costs by itself when it costs 1 in a batch. Fitted on a CPU to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and
+# bfloat16; not measured on a GPU.
 BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
 
 
@@ -93,7 +93,8 @@ class Experts(nn.Module):
 def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:
     """Which of the four ways computes this plan; ``config.compute`` overrides the rules.
 
-    Only shapes and, on a CPU, the counts of rows are looked at: on CUDA there is no synchronisation here.
+    Where torch has a grouped kernel only shapes are looked at. Elsewhere the counts of rows are, on CUDA a host
+    synchronisation, which torch's stand-in for the kernel would make as well.
     """
     if config.compute == "grouped" and not groupable(config.embed_dim, config.expert_dim, dtype=dtype):
         raise ValueError(
@@ -106,8 +107,10 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     pairs = plan.num_tokens * config.num_experts
     if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
         return "masked"
-    if not host.has(plan.token_index_A):
-        return "grouped" if groupable(config.embed_dim, config.expert_dim, dtype=dtype) else "loop"
+    if has_grouped_kernel(plan.token_index_A.device, dtype) and groupable(
+        config.embed_dim, config.expert_dim, dtype=dtype
+    ):
+        return "grouped"
     batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
     single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows
     return "bmm" if batched <= single else "loop"
