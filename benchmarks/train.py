@@ -3,7 +3,8 @@
     python -m benchmarks.train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 6]
 
 Each turn is a fresh ``fairseq-train`` of a few updates; the first two updates of a turn are left out. The figure of an
-architecture is the median over all its updates. Optimiser, logging and data loading are included, as a user has them.
+architecture is the median over all its updates. Optimiser, logging and data loading are included, as a user has them;
+the optimiser's share of an update (experts are most of the parameters) is told beside it.
 ``--data`` is a folder of fairseq-preprocess; without it, sentences of 5 to 40 random words of 8,000.
 """
 
@@ -47,57 +48,59 @@ def make_data(folder: Path, lines: int = 4000) -> Path:
     return folder / "bin"
 
 
-def words_per_second(arch: str, data: Path, options: argparse.Namespace) -> list[float]:
-    """Words per second of each update but the first two, from the training log."""
-    command = [
-        "fairseq-train",
-        str(data),
-        "--user-dir",
-        str(USER_DIR),
-        "--arch",
-        arch,
-        "--share-all-embeddings",
-    ]
-    command += ["--criterion", "label_smoothed_cross_entropy_with_load_balance", "--label-smoothing", "0.1"]
-    command += [
-        "--optimizer",
-        "adam",
-        "--lr",
-        "5e-4",
-        "--max-tokens",
-        str(options.max_tokens),
-        "--max-update",
-        str(options.updates),
-    ]
-    command += [
-        "--no-save",
-        "--disable-validation",
-        "--log-format",
-        "json",
-        "--log-interval",
-        "1",
-        "--num-workers",
-        "0",
-    ]
+# fairseq-train that tells what its updates and the optimiser in them took.
+TIMED_TRAIN = """
+import json, time
+from fairseq.optim import FairseqOptimizer
+from fairseq.trainer import Trainer
+from fairseq_cli.train import cli_main
+
+def timed(owner, name, seconds):
+    inner = getattr(owner, name)
+    def run(*args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - start)
+    setattr(owner, name, run)
+
+seconds = {"step": [], "train_step": []}
+timed(FairseqOptimizer, "step", seconds["step"])
+timed(Trainer, "train_step", seconds["train_step"])
+cli_main()
+print("SECONDS", json.dumps(seconds))
+"""
+SKIPPED = 2
+
+
+def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Words per second, and the optimiser's share, of each update but the first ones."""
+    flags = f"""--arch {arch} --share-all-embeddings --optimizer adam --lr 5e-4 --max-tokens {options.max_tokens}
+        --criterion label_smoothed_cross_entropy_with_load_balance --label-smoothing 0.1 --max-update {options.updates}
+        --no-save --disable-validation --log-format json --log-interval 1 --num-workers 0"""
+    command = [sys.executable, "-c", TIMED_TRAIN, str(data), "--user-dir", str(USER_DIR), *flags.split()]
     command += ["--cpu"] if options.device == "cpu" else []
     command += options.extra
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found = []
+        sys.exit(f"fairseq-train {' '.join(command[3:])} failed:\n{done.stderr[-2000:]}")
+    rates: list[float] = []
+    shares: list[float] = []
     for line in done.stdout.splitlines() + done.stderr.splitlines():
-        if "train_inner" in line and "{" in line:
-            entry = json.loads(line[line.index("{") :])
-            if "wps" in entry:
-                found.append(float(entry["wps"]))
-    return found[2:]
+        if line.startswith("SECONDS "):
+            seconds = json.loads(line.split(" ", 1)[1])
+            shares = [part / whole for part, whole in zip(seconds["step"], seconds["train_step"], strict=True)]
+        elif "train_inner" in line and "{" in line:
+            rates.append(float(json.loads(line[line.index("{") :])["wps"]))
+    return rates[SKIPPED:], shares[SKIPPED:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--archs", nargs="+", default=["dense_transformer_wmt23", "xmoe_transformer"])
-    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -107,22 +110,26 @@ def main() -> None:
     parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
     options = parser.parse_args()
     rates: dict[str, list[float]] = {arch: [] for arch in options.archs}
+    shares: dict[str, list[float]] = {arch: [] for arch in options.archs}
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or make_data(Path(folder))
         for _ in range(options.rounds):
             for arch in options.archs:
-                rates[arch] += words_per_second(arch, data, options)
+                more_rates, more_shares = measure(arch, data, options)
+                rates[arch] += more_rates
+                shares[arch] += more_shares
     base = statistics.median(rates[options.archs[0]])
     rows = [
         {
             "arch": arch,
             "words/s": statistics.median(found),
             "ratio": statistics.median(found) / base,
+            "optimiser": statistics.median(shares[arch]),
             "updates": len(found),
         }
         for arch, found in rates.items()
     ]
-    print(table(rows, ["arch", "words/s", "ratio", "updates"]))
+    print(table(rows, ["arch", "words/s", "ratio", "optimiser", "updates"]))
     settings = {"max_tokens": options.max_tokens, "extra": options.extra}
     print("written:", write_result(f"train-{options.device}", {"rows": rows, "settings": settings}, options.out))
 
