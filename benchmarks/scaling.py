@@ -1,6 +1,6 @@
 """Wall time of a MoE layer against its FLOPs and its granularity (the paper's Fig 8, redrawn), on one machine.
 
-    python -m benchmarks.scaling [--tokens 4096] [--device cpu] [--dtype float32] [--repeats 5]
+    python -m benchmarks.scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
 
 Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
   flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, interleaved, peak_bytes, summarise, table, write_result
+from benchmarks.common import interleaved, peak_bytes, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
 from benchmarks.peers import DenseFFN, ExpertGemms
 from xmoe_fairseq.moe import MoEConfig, MoELayer
@@ -143,6 +143,9 @@ def sweep_fine(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+SWEEPS = {"flops": sweep_flops, "experts": sweep_experts, "granularity": sweep_granularity, "fine": sweep_fine}
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Fig 8: milliseconds against FLOPs, one line per expert size."""
     import matplotlib
@@ -165,6 +168,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--fine-tokens", type=int, default=1024, help="tokens of the sweep over experts of size 1")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -174,12 +178,12 @@ def main() -> None:
     options = parser.parse_args()
     like = {"dtype": getattr(torch, options.dtype), "device": options.device}
     x_TD = torch.randn(options.tokens, WIDTH, **like)
-    rows = sweep_flops(x_TD, options) + sweep_experts(x_TD, options) + sweep_granularity(x_TD, options)
-    rows += sweep_fine(torch.randn(options.fine_tokens, WIDTH, **like), options)
+    few_TD = torch.randn(options.fine_tokens, WIDTH, **like)
+    rows = [row for name in options.sweeps for row in SWEEPS[name](few_TD if name == "fine" else x_TD, options)]
     print(table(rows, ["sweep", "case", "flops", "ms", "ratio", "ratio_p10", "ratio_p90", "peak_MB"]))
     path = write_result(f"scaling-{options.dtype}-{options.device}", {"rows": rows}, options.out)
-    RESULTS.mkdir(exist_ok=True)
-    draw(rows, path.with_suffix(".png"))
+    if "flops" in options.sweeps:
+        draw(rows, path.with_suffix(".png"))
     print("written:", path)
 
 
