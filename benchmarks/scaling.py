@@ -40,33 +40,12 @@ def counted_share(layer: MoELayer, x_TD: torch.Tensor) -> float:
 
 
 def sweep_flops(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    modules = {"dense": DenseFFN(WIDTH, DENSE)}
-    for experts, size in SIZES:
-        for share in (1.0, 0.5, 0.25, 0.125):
-            modules[f"{experts}x{size} {share:g}"] = layer_of(experts, size, share)
+    """Capacity from the dense FFN's FLOPs down to an eighth, one expert size after the other."""
     rows = []
-    # one size at a time, so that every weight fits the memory and the turns stay short
     for experts, size in SIZES:
-        chosen = {
-            name: module.to(x_TD).eval()
-            for name, module in modules.items()
-            if name.startswith((f"{experts}x{size} ", "dense"))
-        }
-        summary = summarise(
-            interleaved({n: inference(m, x_TD) for n, m in chosen.items()}, options.repeats, options.device),
-            "dense",
-        )
-        for name, module in chosen.items():
-            if isinstance(module, MoELayer):
-                rows.append(
-                    {
-                        "sweep": "flops",
-                        "case": f"{experts}x{size}",
-                        "flops": counted_share(module, x_TD),
-                        **summary[name],
-                    }
-                )
-                del modules[name]
+        layers = {f"{share:g}": layer_of(experts, size, share) for share in (1.0, 0.5, 0.25, 0.125)}
+        found = sweep_layers("flops, infer", layers, x_TD, options, train=False)
+        rows += [{**row, "case": f"{experts}x{size}"} for row in found if row["case"] != "dense"]
     return rows
 
 
@@ -154,8 +133,10 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    for case in dict.fromkeys(row["case"] for row in rows if row["sweep"] == "flops"):
-        line = sorted((row["flops"], row["ratio"]) for row in rows if row["case"] == case and row["sweep"] == "flops")
+    for case in dict.fromkeys(row["case"] for row in rows if row["sweep"].startswith("flops")):
+        line = sorted(
+            (row["flops"], row["ratio"]) for row in rows if row["case"] == case and row["sweep"].startswith("flops")
+        )
         axes.plot(*zip(*line, strict=True), marker="o", label=case)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="time = FLOPs")
     axes.set_xlabel("FLOPs / dense FFN's FLOPs")

@@ -282,10 +282,11 @@ def configuration(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _benchmarks(path: str | None) -> list[dict[str, Any]]:
-    """Timed rows of a result file of benchmarks/ that also say what they compute."""
+    """Timed rows of a result file of benchmarks/ that say what they compute; of several sweeps the one over FLOPs."""
     if path is None:
         return []
     rows = files.read_json(path).get("rows") or []
+    rows = [row for row in rows if row.get("sweep", "flops").startswith("flops")]
     timed = [row for row in rows if row.get("flops") is not None and row.get("ms") is not None]
     if not timed:
         raise ValueError(f"{path}: no row has both flops (relative to the dense FFN) and ms; is it of benchmarks/?")
