@@ -76,8 +76,9 @@ SKIPPED = 2
 
 def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
     """Words per second, and the optimiser's share, of each update but the first ones."""
-    flags = f"""--arch {arch} --share-all-embeddings --optimizer adam --lr 5e-4 --max-tokens {options.max_tokens}
-        --criterion label_smoothed_cross_entropy_with_load_balance --label-smoothing 0.1 --max-update {options.updates}
+    flags = f"""--arch {arch} --share-all-embeddings --optimizer {options.optimizer} --lr 5e-4
+        --max-tokens {options.max_tokens} --criterion label_smoothed_cross_entropy_with_load_balance
+        --label-smoothing 0.1 --max-update {options.updates}
         --no-save --disable-validation --log-format json --log-interval 1 --num-workers 0"""
     command = [sys.executable, "-c", TIMED_TRAIN, str(data), "--user-dir", str(USER_DIR), *flags.split()]
     command += ["--cpu"] if options.device == "cpu" else []
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--optimizer", default="fused_adam", help="fused_adam or adam, fairseq's own")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument(
         "--extra", nargs=argparse.REMAINDER, default=[], help="further flags of fairseq-train; must come last"
@@ -130,7 +132,7 @@ def main() -> None:
         for arch, found in rates.items()
     ]
     print(table(rows, ["arch", "words/s", "ratio", "optimiser", "updates"]))
-    settings = {"max_tokens": options.max_tokens, "extra": options.extra}
+    settings = {"max_tokens": options.max_tokens, "optimizer": options.optimizer, "extra": options.extra}
     print("written:", write_result(f"train-{options.device}", {"rows": rows, "settings": settings}, options.out))
 
 

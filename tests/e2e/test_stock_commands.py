@@ -152,7 +152,12 @@ def assert_bit_equal(got: Any, want: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--update-freq", 2, "--moe-router-noise", "gumbel", "--moe-router", "top_k", "--moe-top-k", 2)]
+    "options",
+    [
+        (),
+        ("--update-freq", 2, "--moe-router-noise", "gumbel", "--moe-router", "top_k", "--moe-top-k", 2),
+        ("--optimizer", "fused_adam"),
+    ],
 )
 def test_resuming_mid_epoch_is_bit_equal(data: Path, tmp_path: Path, options: tuple[object, ...]) -> None:
     common = ("--batch-size", 16, "--dropout", 0.2, "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 4, *options)
