@@ -67,11 +67,13 @@ def main() -> None:
     base = next(iter(medians.values()))[0]
     rows = [{"model": n, "sentences/s": s, "tokens/s": t, "ratio": s / base} for n, (s, t) in medians.items()]
     print(table(rows, ["model", "sentences/s", "tokens/s", "ratio"]))
+    overrides = {name: override for name, (_, override) in chosen.items()}
+    settings = {"beam": options.beam, "batch_size": options.batch_size, "overrides": overrides}
     print(
         "written:",
         write_result(
             f"generate-{options.device}",
-            {"rows": rows, "models": {n: list(c) for n, c in chosen.items()}},
+            {"rows": rows, "settings": settings},
             options.out,
         ),
     )
