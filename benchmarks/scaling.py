@@ -80,10 +80,16 @@ def sweep_granularity(x_TD: torch.Tensor, options: argparse.Namespace) -> list[d
 
 
 def sweep_layers(
-    sweep: str, layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argparse.Namespace, *, train: bool
+    sweep: str,
+    layers: dict[str, MoELayer],
+    x_TD: torch.Tensor,
+    options: argparse.Namespace,
+    *,
+    train: bool,
+    dense_dim: int = DENSE,
 ) -> list[dict]:
-    """Time and peak memory of layers that stand for the same dense FFN."""
-    modules = {"dense": DenseFFN(WIDTH, DENSE), **layers}
+    """Time, peak memory and FLOPs of layers that stand for the same dense FFN of ``dense_dim`` units."""
+    modules = {"dense": DenseFFN(WIDTH, dense_dim), **layers}
     grad = torch.randn_like(x_TD)
     runs = {
         name: train_step(module.to(x_TD), x_TD, grad) if train else inference(module.to(x_TD), x_TD)
@@ -104,21 +110,12 @@ def sweep_layers(
 
 
 def sweep_fine(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
+    """Experts of one hidden unit, as many as the dense FFN beside them has units."""
     rows = []
     for experts in (2048, 16384):
-        dense = DenseFFN(WIDTH, experts).to(x_TD)
-        layer = MoELayer(MoEConfig(WIDTH, experts, 1, capacity_factor=None)).to(x_TD)
+        layers = {f"{experts}x1": MoELayer(MoEConfig(WIDTH, experts, 1, capacity_factor=None, dense_dim=experts))}
         for mode in ("infer", "train"):
-            modules = {"dense": dense, "ours": layer}
-            if mode == "train":
-                runs = {name: train_step(module, x_TD, torch.randn_like(x_TD)) for name, module in modules.items()}
-            else:
-                runs = {name: inference(module, x_TD) for name, module in modules.items()}
-            peak = {name: peak_bytes(run, options.device) / 1e6 for name, run in runs.items()}
-            for name, row in summarise(
-                interleaved(runs, max(2, options.repeats // 2), options.device), "dense"
-            ).items():
-                rows.append({"sweep": f"fine, {mode}", "case": f"{experts}x1 {name}", "peak_MB": peak[name], **row})
+            rows += sweep_layers(f"fine, {mode}", layers, x_TD, options, train=mode == "train", dense_dim=experts)
     return rows
 
 
@@ -126,17 +123,16 @@ SWEEPS = {"flops": sweep_flops, "experts": sweep_experts, "granularity": sweep_g
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Fig 8: milliseconds against FLOPs, one line per expert size."""
+    """Fig 8: time against FLOPs, both relative to the dense FFN, one line per expert size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4))
-    for case in dict.fromkeys(row["case"] for row in rows if row["sweep"].startswith("flops")):
-        line = sorted(
-            (row["flops"], row["ratio"]) for row in rows if row["case"] == case and row["sweep"].startswith("flops")
-        )
+    rows = [row for row in rows if row["sweep"].startswith("flops")]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        line = sorted((row["flops"], row["ratio"]) for row in rows if row["case"] == case)
         axes.plot(*zip(*line, strict=True), marker="o", label=case)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", label="time = FLOPs")
     axes.set_xlabel("FLOPs / dense FFN's FLOPs")

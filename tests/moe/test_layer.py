@@ -37,7 +37,7 @@ def inputs(count: int, padded: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Te
     return tokens(count).requires_grad_(), padding, ids
 
 
-def compare(layer: MoELayer, x: Tensor, padding: Tensor, ids: Tensor) -> None:
+def assert_equals_slow_layer(layer: MoELayer, x: Tensor, padding: Tensor, ids: Tensor) -> None:
     """Output, plan, balance loss and every gradient, balance loss included."""
     y, plan = layer(x, padding, ids)
     slow = slow_forward(layer, x, padding, ids)
@@ -64,27 +64,27 @@ def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
 def test_training_equals_the_slow_layer(case: str, compute: str, capacity_factor: float | None) -> None:
     layer = tiny_layer(case, compute=compute, capacity_factor=capacity_factor, min_capacity=1)
-    compare(layer, *inputs(29, padded=(0, 7, 8, 28)))
+    assert_equals_slow_layer(layer, *inputs(29, padded=(0, 7, 8, 28)))
 
 
 @ALL_ROUTERS
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_few_tokens_equal_the_slow_layer(case: str, count: int) -> None:
     for compute in (*PATHS, "auto"):
-        compare(tiny_layer(case, compute=compute), *inputs(count))
+        assert_equals_slow_layer(tiny_layer(case, compute=compute), *inputs(count))
 
 
 @ALL_ROUTERS
 def test_inference_equals_the_slow_layer_with_and_without_capacity(case: str) -> None:
     for gamma in (None, 0.7):
         layer = tiny_layer(case, eval_capacity_factor=gamma, min_capacity=1).eval()
-        compare(layer, *inputs(31, padded=(3,)))
+        assert_equals_slow_layer(layer, *inputs(31, padded=(3,)))
 
 
 def test_relu_and_uneven_widths_equal_the_slow_layer() -> None:
     # widths that torch's grouped GEMM refuses
     for compute in ("bmm", "loop", "masked", "auto"):
-        compare(tiny_layer(compute=compute, activation="relu", expert_dim=7), *inputs(23))
+        assert_equals_slow_layer(tiny_layer(compute=compute, activation="relu", expert_dim=7), *inputs(23))
 
 
 def test_what_the_grouped_gemm_cannot_do_is_refused_clearly() -> None:

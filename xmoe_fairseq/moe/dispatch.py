@@ -24,7 +24,7 @@ class TokenRows:
 
     Attributes:
         token_R: int64, the token of each row.
-        weight_R: float32, the routing weight of each row; 0 for rows that only pad.
+        slot_A: int64, the row of each assignment; None where that is its own number.
     """
 
     def __init__(self, plan: RoutingPlan) -> None:
