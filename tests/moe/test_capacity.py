@@ -35,6 +35,8 @@ def served(choices: list[list[int]], score_TE: torch.Tensor, limit: int) -> set[
         (1.0, 3, 64, 4, 3),  # never above the number of tokens
         (100.0, 5, 4, 4, 5),
         (2.0, 0, 4, 4, 0),
+        (1.1, 400, 8, 1, 55),  # 55 exactly; in float64 the product is above it
+        (1 / 3, 300, 10, 1, 10),
     ],
 )
 def test_capacity_by_hand(gamma: float, count: int, experts: int, least: int, expected: int) -> None:
@@ -42,6 +44,17 @@ def test_capacity_by_hand(gamma: float, count: int, experts: int, least: int, ex
     assert config.capacity(count, training=True) == expected
     assert config.capacity(count, training=False) is None
     assert reference.capacity_of(gamma, count, experts, least) == expected
+
+
+@pytest.mark.parametrize("gamma", [1.1, 2.0, 1 / 3, 0.7, 123.456789, 1e-9])
+def test_the_fraction_of_gamma_gives_the_same_capacity_in_int64_on_a_device(gamma: float) -> None:
+    config = MoEConfig(embed_dim=2, num_experts=60, expert_dim=2, capacity_factor=gamma, min_capacity=1)
+    numerator, denominator = config.capacity_fraction(training=True)
+    count_N = torch.tensor([1, 7, 400, 4_096, 65_536, 8_388_607])
+    share_N = (numerator * count_N + denominator * 60 - 1) // (denominator * 60)
+    expected = [config.capacity(count, training=True) for count in count_N.tolist()]
+    assert share_N.clamp(min=1).minimum(count_N).tolist() == expected
+    assert config.capacity_fraction(training=False) is None
 
 
 def test_a_first_choice_of_little_probability_goes_before_a_second_choice_of_much() -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from fractions import Fraction
 
 from .activations import ACTIVATIONS
+
+# Of the fraction that a capacity factor is read as: nine decimals exactly, and 1/3 from 0.3333333333333333.
+_LARGEST_DENOMINATOR = 10**9
 
 
 class _NotGiven:
@@ -185,11 +189,25 @@ class MoEConfig:
 
         C = ceil(gamma * T / E), at least ``min_capacity``, never above T, the real tokens of the batch on this rank.
         """
+        fraction = self.capacity_fraction(training)
+        if fraction is None:
+            return None
+        numerator, denominator = fraction
+        even_share = -(-numerator * num_real_tokens // (denominator * self.num_experts))
+        return min(max(even_share, self.min_capacity), num_real_tokens)
+
+    def capacity_fraction(self, training: bool) -> tuple[int, int] | None:
+        """Gamma as written, (numerator, denominator), so that the share of Eq 3 is exact in integers; None: no limit.
+
+        ceil(gamma * T / E) = (numerator * T + denominator * E - 1) // (denominator * E). In float64, 1.1 * 400 / 8 is
+        a little above 55 and its ceiling 56. The denominator is at most 10^9, which keeps both sides in int64 on a
+        device for gamma * T and E below 9 * 10^9.
+        """
         gamma = self.capacity_factor if training else self.eval_capacity_factor
         if gamma is None:
             return None
-        even_share = math.ceil(gamma * num_real_tokens / self.num_experts)
-        return min(max(even_share, self.min_capacity), num_real_tokens)
+        exact = Fraction(str(gamma)).limit_denominator(_LARGEST_DENOMINATOR)
+        return exact.numerator, exact.denominator
 
     @property
     def row_cost(self) -> float:
