@@ -24,7 +24,7 @@ import xmoe_fairseq  # noqa: F401  registers the architectures
 from xmoe_fairseq.models import architectures
 from xmoe_fairseq.models.architectures import ARCHITECTURES, Size
 from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer
-from xmoe_fairseq.moe.merged import merged_layer_flops
+from xmoe_fairseq.moe.merged.flops import merged_layer_flops
 
 SIZES: dict[str, Size] = {
     "wmt23": architectures.WMT23,

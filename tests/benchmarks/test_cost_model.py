@@ -1,4 +1,4 @@
-"""The calculator against the real model and against sums done by hand; counted bytes: tests/moe/test_parallel.py."""
+"""The calculator against the real model and sums done by hand; counted bytes: tests/moe/experts/test_ranks.py."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import xmoe_fairseq
 from eval.analysis.loading import Loaded, moe_layers
 from xmoe_fairseq.moe.plan import Choices
-from xmoe_fairseq.moe.routers.base import real_choices
+from xmoe_fairseq.moe.routers.router import real_choices
 
 assert xmoe_fairseq  # importing it registers the architectures
 

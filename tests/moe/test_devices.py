@@ -1,4 +1,4 @@
-"""What GPUs compute: run on CPU tensors by answering ``host.has`` with no, and on a GPU where there is one."""
+"""What GPUs compute: run on CPU tensors by answering ``host.on_cpu`` with no, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.moe.helpers import PATHS, ROUTERS, assert_near, assert_same_plan, slow_forward, tiny_layer, tokens
-from xmoe_fairseq.moe import MoELayer, RoutingPlan, experts, host
-from xmoe_fairseq.moe.dispatch import has_grouped_kernel
-from xmoe_fairseq.moe.experts import choose_path
+from xmoe_fairseq.moe import MoELayer, RoutingPlan, host
+from xmoe_fairseq.moe.experts import stacked
+from xmoe_fairseq.moe.experts.layouts import has_grouped_kernel
+from xmoe_fairseq.moe.experts.stacked import choose_path
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 COUNT = 60
@@ -44,13 +45,13 @@ def test_without_looking_the_same_is_decided_and_computed(
     case: str, compute: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = step(tiny_layer(case, compute=compute, **settings))
-    monkeypatch.setattr(host, "has", lambda tensor: False)
+    monkeypatch.setattr(host, "on_cpu", lambda tensor: False)
     assert_same_step(step(tiny_layer(case, compute=compute, **settings)), expected)
 
 
 @pytest.mark.parametrize("case", ["threshold", "adamoe", "hash"])
 def test_without_looking_decisions_are_those_of_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "has", lambda tensor: False)
+    monkeypatch.setattr(host, "on_cpu", lambda tensor: False)
     layer = tiny_layer(case, capacity_factor=0.7, min_capacity=1)
     x, ids = tokens(COUNT), torch.arange(COUNT)
     padding = ids % 5 == 0
@@ -68,7 +69,7 @@ def test_grouped_where_torch_has_a_kernel_for_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert not has_grouped_kernel(gpu, torch.bfloat16)
 
-    monkeypatch.setattr(experts, "has_grouped_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(stacked, "has_grouped_kernel", lambda device, dtype: True)
     assert choose_path(layer.config, plan, torch.bfloat16) == "grouped"
     assert choose_path(replace(layer.config, expert_dim=509), plan, torch.bfloat16) == "bmm"  # not whole 16 bytes
 
@@ -78,7 +79,7 @@ def test_grouped_where_torch_has_a_kernel_for_it(monkeypatch: pytest.MonkeyPatch
 def test_the_host_waits_for_the_list_of_pairs_and_with_padding_for_the_capacity(
     case: str, padded: bool, waits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "has", lambda tensor: False)
+    monkeypatch.setattr(host, "on_cpu", lambda tensor: False)
     layer = tiny_layer(case, compute="grouped")
     x, ids = tokens(COUNT).requires_grad_(), torch.arange(COUNT)
     with Waits() as seen:

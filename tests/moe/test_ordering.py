@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xmoe_fairseq.moe.ordering import descending_key, flat_nonzero, sort_descending, tally
+from xmoe_fairseq.moe.ordering import count_indices, descending_key, flat_nonzero, sort_descending
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5, 64, 1000])
@@ -37,7 +37,7 @@ def test_not_contiguous_rows() -> None:
 
 def test_tally_and_nonzero() -> None:
     index = torch.tensor([[3, 0], [3, 1]])
-    assert tally(index, 5, torch.tensor([[True, True], [True, False]])).tolist() == [1, 0, 0, 2, 0]
-    assert tally(index[:0], 2).tolist() == [0, 0]
+    assert count_indices(index, 5, torch.tensor([[True, True], [True, False]])).tolist() == [1, 0, 0, 2, 0]
+    assert count_indices(index[:0], 2).tolist() == [0, 0]
     assert flat_nonzero(torch.tensor([[False, True], [True, False]])).tolist() == [1, 2]
     assert flat_nonzero(torch.zeros(0, 3, dtype=torch.bool)).tolist() == []

@@ -20,7 +20,7 @@ from fairseq import utils
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from ..moe.parallel import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks
+from ..moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks
 
 
 def teach_trainer() -> None:

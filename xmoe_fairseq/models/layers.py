@@ -9,8 +9,9 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..moe import MoEConfig, MoELayer, SentenceContext
-from ..moe.merged import masked_mean, reorder_cache
+from ..moe import MoEConfig, SentenceContext, build_layer
+from ..moe.merged.cache import reorder_cache
+from ..moe.merged.gate import masked_mean
 
 IncrementalState = dict[str, dict[str, Tensor]]
 
@@ -84,7 +85,7 @@ class _MoEFeedForward:
         return None
 
     def install_moe(self, config: MoEConfig, tokens: CurrentTokens, checkpoint_activations: bool) -> None:
-        self.moe = MoELayer(config)
+        self.moe = build_layer(config)
         self.tokens = tokens
         self.checkpoint_activations = checkpoint_activations
         self.fc1 = self._feed_forward

@@ -1,10 +1,12 @@
 """The mixture-of-experts layer. Needs torch, NumPy and SciPy; never imports fairseq."""
 
+from .build import build_layer
 from .config import MoEConfig
+from .context import SentenceContext
 from .layer import MoELayer, record_plans
-from .merged import MergedMoELayer, SentenceContext
+from .merged.layer import MergedMoELayer
 from .plan import RoutingPlan
-from .routers import register_router
+from .registry import register_router
 
 __all__ = [
     "MergedMoELayer",
@@ -12,6 +14,7 @@ __all__ = [
     "MoELayer",
     "RoutingPlan",
     "SentenceContext",
+    "build_layer",
     "record_plans",
     "register_router",
 ]

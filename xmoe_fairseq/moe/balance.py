@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ordering import tally
+from .ordering import count_indices
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def null_averaged_terms(prob_TG: Tensor, gate_TK: Tensor, num_true: int, real_T:
 
 
 def _load(gate: Tensor, num_gates: int, real: Tensor | None) -> Tensor:
-    return tally(gate, num_gates, None if real is None else real.expand_as(gate)).float()
+    return count_indices(gate, num_gates, None if real is None else real.expand_as(gate)).float()
 
 
 def _terms(load_G: Tensor, prob_TG: Tensor, real_T: Tensor | None) -> BalanceTerms:

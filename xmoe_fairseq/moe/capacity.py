@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .ordering import descending_key, flat_nonzero, sort_last, tally
+from .ordering import count_indices, descending_key, flat_nonzero, sort_last
 from .plan import Choices, RoutingPlan
 
 # Bits of an int64 that sort as one number >= 0.
@@ -25,7 +25,7 @@ def make_plan(
 ) -> RoutingPlan:
     """Drop what exceeds ``capacity`` (rows per expert; None keeps all) and list what is left by expert, then token."""
     num_tokens, num_experts = choices.weight_TE.shape
-    wanted_E = tally(choices.expert_TK, num_experts, choices.chosen_TK)
+    wanted_E = count_indices(choices.expert_TK, num_experts, choices.chosen_TK)
     count_E = wanted_E if capacity is None else wanted_E.clamp(max=capacity)
     if capacity is None or _known_equal(count_E, wanted_E):
         kept_P = pair_numbers(choices.expert_TK, choices.chosen_TK, num_tokens, num_experts)
@@ -54,7 +54,7 @@ def make_plan(
 
 def _known_equal(count_E: Tensor, wanted_E: Tensor) -> bool:
     """Whether nobody is dropped; on CUDA asking would be a host synchronisation, and sorting for nothing is cheaper."""
-    return host.has(count_E) and torch.equal(count_E, wanted_E)
+    return host.on_cpu(count_E) and torch.equal(count_E, wanted_E)
 
 
 def pair_numbers(expert_TK: Tensor, chosen_TK: Tensor, num_tokens: int, num_experts: int) -> Tensor:
@@ -77,7 +77,7 @@ def serve_by_priority(choices: Choices, count_E: Tensor) -> Tensor:
     # one who is not chosen waits for an expert that does not exist, where nobody is served
     matrices = (torch.where(chosen_TR, expert_TR, num_experts), rank_TR, choices.score_TK[:, :depth], token_TR)
     expert_P, rank_P, score_P, token_P = (matrix.reshape(-1) for matrix in matrices)
-    if host.has(expert_TR):  # elsewhere a host synchronisation, and sorting them is cheaper
+    if host.on_cpu(expert_TR):  # elsewhere a host synchronisation, and sorting them is cheaper
         chosen_P = flat_nonzero(chosen_TR)
         columns = (expert_P, rank_P, score_P, token_P)
         expert_P, rank_P, score_P, token_P = (column.index_select(0, chosen_P) for column in columns)
@@ -94,11 +94,11 @@ def ranks_that_fill(expert_TK: Tensor, chosen_TK: Tensor, count_E: Tensor) -> in
     On CUDA all ranks, since looking would be a host synchronisation.
     """
     num_tokens, num_ranks = expert_TK.shape
-    if not host.has(expert_TK):
+    if not host.on_cpu(expert_TK):
         return num_ranks
     depth = int(count_E.sum()) // max(num_tokens, 1) + 2
     while depth < num_ranks:
-        if bool((tally(expert_TK[:, :depth], count_E.numel(), chosen_TK[:, :depth]) >= count_E).all()):
+        if bool((count_indices(expert_TK[:, :depth], count_E.numel(), chosen_TK[:, :depth]) >= count_E).all()):
             return depth
         depth *= 2
     return num_ranks

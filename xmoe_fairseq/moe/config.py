@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .activations import ACTIVATIONS
+from .registry import router_class
 
 # Of the fraction that a capacity factor is read as: nine decimals exactly, and 1/3 from 0.3333333333333333.
 _LARGEST_DENOMINATOR = 10**9
@@ -58,9 +59,9 @@ class MoEConfig:
             (DeepSeekMoE, arXiv 2401.06066); 0 for none.
         hash_seed: seed of the hash router's fixed random hash.
         dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
-        expert_parallel: spread the experts over the ranks of torch.distributed (parallel.py); without several ranks it
-            changes nothing.
-        compute: how experts are computed: auto (measured rules in experts.py), bmm, grouped, loop or masked.
+        expert_parallel: spread the experts over the ranks of torch.distributed (experts/ranks.py); without several
+            ranks it changes nothing.
+        compute: how experts are computed: auto (measured rules in experts/stacked.py), bmm, grouped, loop or masked.
 
     Raises:
         ValueError: a value that is not allowed, with the way out.
@@ -124,8 +125,6 @@ class MoEConfig:
                 object.__setattr__(self, name, merged[name] if self.merge_experts else cast(value))
 
     def _check_router(self) -> None:
-        from .routers import router_class  # the registry imports this module
-
         if self.max_experts is not None:
             _require(
                 1 <= self.max_experts <= self.num_experts,
@@ -208,6 +207,11 @@ class MoEConfig:
             return None
         exact = Fraction(str(gamma)).limit_denominator(_LARGEST_DENOMINATOR)
         return exact.numerator, exact.denominator
+
+    @property
+    def layer_kind(self) -> str:
+        """Which registered kind of layer this describes: ``merged`` or ``routed``."""
+        return "merged" if self.merge_experts else "routed"
 
     @property
     def row_cost(self) -> float:

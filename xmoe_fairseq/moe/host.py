@@ -9,6 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def has(tensor: Tensor) -> bool:
+def on_cpu(tensor: Tensor) -> bool:
     """Whether ``tensor`` lies in the memory of the CPU."""
     return tensor.device.type == "cpu"

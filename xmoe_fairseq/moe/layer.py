@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +12,38 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS
 from .capacity import make_plan
 from .config import MoEConfig
-from .parallel import build_experts
+from .context import SentenceContext
+from .experts.ranks import build_experts
 from .plan import RoutingPlan
-from .routers import build_router
-
-if TYPE_CHECKING:
-    from .merged import SentenceContext
+from .registry import LAYERS, register_layer, router_class
 
 
-class MoELayer(nn.Module):
+class _BuildsItsKind(type):
+    """``MoELayer(config)`` builds the class registered for ``config.layer_kind``; subclasses build themselves."""
+
+    def __call__(cls, config: MoEConfig) -> Any:
+        kind: Any = LAYERS[config.layer_kind] if cls is LAYERS["routed"] else cls
+        return type.__call__(kind, config)
+
+
+@register_layer("routed")
+class MoELayer(nn.Module, metaclass=_BuildsItsKind):
     """A sparse mixture of experts in place of a transformer's feed-forward network.
 
     ``y, plan = layer(x, padding=None, token_ids=None)``. The output of a token depends on that token alone unless a
     capacity is in force (training, or ``eval_capacity_factor``).
 
-    State: ``router.*`` (routers/), ``experts.{w1,b1,w2,b2}`` (experts.py), ``shared.*`` if there is a shared expert.
+    State: ``router.*`` (routers/), ``experts.{w1,b1,w2,b2}`` (experts/stacked.py), ``shared.*`` with a shared
+    expert.
 
-    With ``config.merge_experts`` this builds a ``MergedMoELayer`` (merged.py), so callers need not tell them apart.
+    With ``config.merge_experts`` the registered kind is ``MergedMoELayer`` (merged/layer.py), a subclass: callers need
+    not tell them apart.
     """
-
-    def __new__(cls, config: MoEConfig | None = None) -> MoELayer:  # copying makes an empty one
-        if cls is MoELayer and config is not None and config.merge_experts:
-            from .merged import MergedMoELayer  # which extends this class
-
-            return super().__new__(MergedMoELayer)
-        return super().__new__(cls)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.router = build_router(config)
+        self.router = router_class(config.router)(config)
         self.experts = build_experts(config)
         self.shared = SharedExpert(config) if config.shared_expert_dim else None
 
@@ -58,7 +60,7 @@ class MoELayer(nn.Module):
             x: floating point (..., D).
             padding: bool (...), True at padding: not routed, not counted in capacity, loss or statistics; output 0.
             token_ids: int64 (...), vocabulary indices; only the hash router needs them.
-            context: only merged experts look at it (merged.py).
+            context: only merged experts look at it (merged/layer.py).
         Returns:
             ``y`` like ``x``, and the plan that was computed.
         Raises:

@@ -97,7 +97,7 @@ pool = BufferPool()
 def empty(*shape: int, like: Tensor) -> Tensor:
     """Uninitialised tensor of ``like``'s dtype and device; a large one on a CPU comes from the pool."""
     num_bytes = prod(shape) * like.dtype.itemsize
-    if not host.has(like) or num_bytes < _LEAST_BYTES:
+    if not host.on_cpu(like) or num_bytes < _LEAST_BYTES:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     return pool.bytes_on(num_bytes).view(like.dtype).view(shape)
 
@@ -105,7 +105,7 @@ def empty(*shape: int, like: Tensor) -> Tensor:
 def row_blocks(rows: Tensor) -> Iterator[slice]:
     """Slices of the first axis small enough for the cache on a CPU; one slice elsewhere, where launches cost more."""
     num_rows = rows.size(0)
-    if not host.has(rows):
+    if not host.on_cpu(rows):
         yield slice(0, num_rows)
         return
     step = max(1, _BLOCK_BYTES // max(1, rows[:1].nbytes))

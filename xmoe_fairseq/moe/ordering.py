@@ -39,7 +39,7 @@ def sort_descending(prob_TE: Tensor) -> tuple[Tensor, Tensor]:
 
 def sort_last(key: Tensor) -> Tensor:
     """``key`` (int64, contiguous, overwritten on a CPU) sorted along its last axis, ascending."""
-    if host.has(key):
+    if host.on_cpu(key):
         key.numpy().sort(axis=-1)
         return key
     return torch.sort(key, dim=-1).values
@@ -47,15 +47,15 @@ def sort_last(key: Tensor) -> Tensor:
 
 def flat_nonzero(mask: Tensor) -> Tensor:
     """int64: ascending flat positions where ``mask`` is True. On CUDA this is a host synchronisation."""
-    if host.has(mask):
+    if host.on_cpu(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask.reshape(-1)).squeeze(-1)
 
 
-def tally(index: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
+def count_indices(index: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
     """int64 (size,): how often each of 0 .. size - 1 stands in ``index`` (int64); where ``keep`` (bool), if given."""
     shown = (index if keep is None else torch.where(keep, index, size)).reshape(-1)
-    if host.has(index):
+    if host.on_cpu(index):
         return torch.bincount(shown, minlength=size + 1)[:size]
     # bincount would wait for the device to learn the largest index
     return shown.new_zeros(size + 1).scatter_add_(0, shown, torch.ones_like(shown))[:size]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .balance import BalanceTerms, SpreadTerms
-from .ordering import tally
+from .ordering import count_indices
 
 
 class Choices(NamedTuple):
@@ -83,4 +83,4 @@ class RoutingPlan:
     @cached_property
     def experts_per_token_T(self) -> Tensor:
         """int64 (T,): experts that really computed each token."""
-        return tally(self.token_index_A, self.num_tokens)
+        return count_indices(self.token_index_A, self.num_tokens)

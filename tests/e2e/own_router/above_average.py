@@ -2,7 +2,7 @@
 
 from xmoe_fairseq.moe import register_router
 from xmoe_fairseq.moe.ordering import sort_descending
-from xmoe_fairseq.moe.routers.base import Router, probability_choices
+from xmoe_fairseq.moe.routers.router import Router, probability_choices
 
 
 @register_router("above_average")

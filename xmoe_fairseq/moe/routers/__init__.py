@@ -3,7 +3,4 @@
 A router outside this package works too: a user-dir package that imports ``xmoe_fairseq`` and registers its own.
 """
 
-from .base import ROUTERS, Router, build_router, register_router, router_class  # isort: skip
 from . import adamoe, base_layers, hashed, threshold, top_k  # noqa: F401  registers them
-
-__all__ = ["ROUTERS", "Router", "build_router", "register_router", "router_class"]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..balance import null_averaged_terms
 from ..plan import Choices
-from .base import probability_choices, register_router
+from ..registry import register_router
+from .router import probability_choices
 from .top_k import TopKRouter
 
 

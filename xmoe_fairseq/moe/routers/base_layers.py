@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, real_choices, refuse_settings, register_router
+from ..registry import register_router
+from .router import Router, real_choices, refuse_settings
 
 # The assignment costs about n^3 (40 ms for 1024 tokens on one core, 1.8 s for 4096): larger batches go block by block.
 BLOCK_TOKENS = 1024

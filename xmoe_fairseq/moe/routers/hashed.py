@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..plan import Choices
-from .base import Router, real_choices, refuse_settings, register_router
+from ..registry import register_router
+from .router import Router, real_choices, refuse_settings
 
 _MASK = 0x7FFFFFFFFFFFFFFF
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import host
 from ..ordering import sort_descending
 from ..plan import Choices
-from .base import Router, probability_choices, register_router
+from ..registry import register_router
+from .router import Router, probability_choices
 
 # Probabilities are summed as integers, in units of 2^-53.
 _UNITS = 2**53
@@ -46,7 +47,7 @@ class ThresholdRouter(Router):
             count_T = count_to_reach(sorted_TE, self.config.threshold)
             if self.config.max_experts is not None:
                 count_T = count_T.clamp(max=self.config.max_experts)
-            longest = int(count_T.max()) if count_T.numel() and host.has(count_T) else sorted_TE.size(-1)
+            longest = int(count_T.max()) if count_T.numel() and host.on_cpu(count_T) else sorted_TE.size(-1)
             expert_TK, score_TK = expert_TE[:, :longest], sorted_TE[:, :longest]
             chosen_TK = torch.arange(longest, device=count_T.device) < count_T.unsqueeze(-1)
         normalize = self.config.normalize_weights

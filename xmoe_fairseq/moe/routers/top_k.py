@@ -8,7 +8,8 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..ordering import sort_descending
 from ..plan import Choices
-from .base import Router, probability_choices, register_router
+from ..registry import register_router
+from .router import Router, probability_choices
 
 
 @register_router("top_k")

@@ -14,9 +14,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from . import host
-from .memory import empty
-from .plan import RoutingPlan
+from .. import host
+from ..memory import empty
+from ..plan import RoutingPlan
 
 
 class TokenRows:
@@ -196,7 +196,7 @@ class GroupedRows(RowLayout):
         return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        if host.has(in_RI):
+        if host.on_cpu(in_RI):
             return LoopRows(self.plan).weight_gradient(in_RI, grad_RO)
         return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
 

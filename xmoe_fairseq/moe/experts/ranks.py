@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import MoEConfig
-from .dispatch import TokenRows
-from .experts import Experts
-from .plan import RoutingPlan
+from ..config import MoEConfig
+from ..plan import RoutingPlan
+from .layouts import TokenRows
+from .stacked import Experts
 
 WEIGHTS = ("w1", "b1", "w2", "b2")
 

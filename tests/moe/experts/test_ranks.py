@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.cost_model import exchange_bytes  # noqa: E402
 from xmoe_fairseq.moe import MoEConfig, MoELayer  # noqa: E402
-from xmoe_fairseq.moe.parallel import WEIGHTS, ParallelExperts, gather_experts, local_slice, num_ranks  # noqa: E402
+from xmoe_fairseq.moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, num_ranks  # noqa: E402
 
 WIDTH, EXPERTS, HIDDEN, TOKENS = 8, 8, 12, 24
 
@@ -138,7 +138,7 @@ def test_one_process_holds_all_experts() -> None:
 
 
 def test_experts_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xmoe_fairseq.moe.parallel.num_ranks", lambda: 3)
+    monkeypatch.setattr("xmoe_fairseq.moe.experts.ranks.num_ranks", lambda: 3)
     with pytest.raises(ValueError, match=r"moe_num_experts \(8\) must be a multiple .* ranks \(3\).*9 experts"):
         local_slice(8)
 

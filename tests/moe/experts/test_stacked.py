@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.moe.helpers import PATHS, assert_near, tiny_layer, tokens
-from xmoe_fairseq.moe import MoELayer, experts
+from xmoe_fairseq.moe import MoELayer
 from xmoe_fairseq.moe.activations import ACTIVATIONS
-from xmoe_fairseq.moe.experts import choose_path
+from xmoe_fairseq.moe.experts import stacked
+from xmoe_fairseq.moe.experts.stacked import choose_path
 
 
 def plan_of(layer: MoELayer, count: int) -> Any:
@@ -50,8 +51,8 @@ def test_backward_equals_finite_differences(compute: str, dropout: float, activa
 
     def run(x: torch.Tensor, weight_A: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)  # the same hidden units drop every time
-        layout = experts.LAYOUTS[compute](plan)
-        return experts._ExpertSum.apply(x, weight_A, *weights, layout, activation, dropout)
+        layout = stacked.LAYOUTS[compute](plan)
+        return stacked._ExpertSum.apply(x, weight_A, *weights, layout, activation, dropout)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 

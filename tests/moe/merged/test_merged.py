@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer, SentenceContext, merged
+from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer, SentenceContext
 from xmoe_fairseq.moe.balance import SpreadTerms
-from xmoe_fairseq.moe.merged import merge, merge_flops, merged_layer_flops, reorder_cache
+from xmoe_fairseq.moe.merged import gemm
+from xmoe_fairseq.moe.merged.cache import reorder_cache
+from xmoe_fairseq.moe.merged.flops import merge_flops, merged_layer_flops
+from xmoe_fairseq.moe.merged.gemm import merge
 
 D, F = 6, 10
 
@@ -60,13 +63,13 @@ def test_output_is_the_mixture_of_each_linear_map(top_k):
 @pytest.mark.parametrize("top_k", [2, 4])
 def test_gradients_are_those_of_autograd_through_merged_matrices(top_k, monkeypatch):
     layer, x_BTD = build(top_k=top_k), torch.randn(5, 4, D, requires_grad=True)
-    monkeypatch.setattr(merged, "CHUNK_NUMBERS", 2 * D * F)  # chunks of 2, 2 and 1 sentences
+    monkeypatch.setattr(gemm, "CHUNK_NUMBERS", 2 * D * F)  # chunks of 2, 2 and 1 sentences
     choice = layer.gate1(x_BTD.mean(dim=1))
     weight_ME = torch.zeros(5, 5).scatter(1, choice.expert_BK, choice.gate_BK)
     slow = torch.einsum("bti,be,eio->bto", x_BTD, weight_ME, layer.experts.w1)
     slow = slow + (weight_ME @ layer.experts.b1).unsqueeze(1)
     choice = layer.gate1(x_BTD.mean(dim=1))
-    fast = merged.merged_linear(x_BTD, choice, layer.experts.w1, layer.experts.b1)
+    fast = gemm.merged_linear(x_BTD, choice, layer.experts.w1, layer.experts.b1)
     torch.testing.assert_close(fast, slow)
     leaves, cotangent = [x_BTD, layer.gate1.weight, layer.experts.w1, layer.experts.b1], torch.randn_like(fast)
     got, want = (torch.autograd.grad(y, leaves, cotangent) for y in (fast, slow))
@@ -239,7 +242,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_an_update_never_holds_more_merged_matrices_than_a_chunk(monkeypatch):
     layer, x_TBD = build(num_experts=4).train(), torch.randn(2, 64, D, requires_grad=True)
-    monkeypatch.setattr(merged, "CHUNK_NUMBERS", 4 * D * F)
+    monkeypatch.setattr(gemm, "CHUNK_NUMBERS", 4 * D * F)
     with LargestTensor() as largest:
         layer(x_TBD)[0].sum().backward()
     assert largest.numbers <= max(4 * D * F, 2 * 64 * F)  # a chunk, or the hidden units; all would be 64 * D * F

@@ -1,4 +1,4 @@
-"""What every router shares: the registry, the gate's weights and the float32 probabilities.
+"""What every router shares: the gate's weights and the float32 probabilities.
 
 Axis letters: T tokens, padding included; D model width; E experts; G gates (E, and null experts where there are any).
 """
@@ -6,8 +6,6 @@ Axis letters: T tokens, padding included; D model width; E experts; G gates (E, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +14,8 @@ from ..balance import BalanceTerms, first_choice_terms
 from ..config import MoEConfig
 from ..plan import Choices
 
-ROUTERS: dict[str, type[Router]] = {}
 # Chosen experts that together have less probability than this have none: null experts took it all.
 LEAST_MASS = 1e-30
-RouterClass = TypeVar("RouterClass", bound="type[Router]")
-
-
-def register_router(name: str) -> Callable[[RouterClass], RouterClass]:
-    """Class decorator: make ``MoEConfig(router=name)`` and ``--moe-router name`` build this router."""
-
-    def register(cls: RouterClass) -> RouterClass:
-        known = ROUTERS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
-            )
-        ROUTERS[name] = cls
-        return cls
-
-    return register
-
-
-def router_class(name: str) -> type[Router]:
-    """The registered class; ValueError with the known names otherwise."""
-    if name not in ROUTERS:
-        raise ValueError(
-            f"moe_router {name!r} is not known; choose one of {', '.join(sorted(ROUTERS))}, "
-            "or register your own in the --user-dir package"
-        )
-    return ROUTERS[name]
-
-
-def build_router(config: MoEConfig) -> Router:
-    """The router that ``config`` names, with fresh weights."""
-    return router_class(config.router)(config)
 
 
 class Router(nn.Module):

@@ -1,7 +1,7 @@
 """Many small feed-forward networks with stacked weights, computed together.
 
 Axis letters: T tokens; D model width; E experts; F hidden units of one expert; A assignments (kept rows), sorted by
-expert; R rows of a layout (dispatch.py).
+expert; R rows of a layout (layouts.py).
 
 Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
 
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .activations import ACTIVATIONS, Activation
-from .config import MoEConfig
-from .dispatch import LAYOUTS, RowLayout, groupable, has_grouped_kernel
-from .memory import empty, row_blocks
-from .plan import RoutingPlan
+from ..activations import ACTIVATIONS, Activation
+from ..config import MoEConfig
+from ..memory import empty, row_blocks
+from ..plan import RoutingPlan
+from .layouts import LAYOUTS, RowLayout, groupable, has_grouped_kernel
 
 # Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
 GATHER_UNITS = 42

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from tests.moe.helpers import assert_near, tiny_layer, tokens
-from xmoe_fairseq.moe import MoELayer, dispatch
-from xmoe_fairseq.moe.dispatch import groupable
+from xmoe_fairseq.moe import MoELayer
+from xmoe_fairseq.moe.experts import layouts
+from xmoe_fairseq.moe.experts.layouts import groupable
 
 
-@pytest.mark.parametrize("layout", sorted(dispatch.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(layouts.LAYOUTS))
 def test_gather_then_combine_counts_each_tokens_experts(layout: str) -> None:
     layer = tiny_layer(capacity_factor=1.0, min_capacity=1)
     x = tokens(40)
     _, plan = layer(x, torch.arange(40) % 7 == 3)
-    rows = dispatch.LAYOUTS[layout](plan)
+    rows = layouts.LAYOUTS[layout](plan)
     summed = rows.combine(rows.gather(x), None)
     assert_near(summed, x * plan.experts_per_token_T.unsqueeze(-1), 1e-6)
     weighted = rows.combine(rows.gather(x), plan.weight_A.detach())

@@ -1,0 +1,1 @@
+"""MEO's merged experts: layer, gate, merged GEMM, decoding cache, FLOPs."""

@@ -1,0 +1,207 @@
+"""MEO: merge the chosen experts' matrices, once per sentence, and compute once (arXiv 2310.09832).
+
+An expert is one linear map, so a feed-forward network has two banks of E maps, each with its own gate; since the maps
+are linear, the merged map gives exactly the gated sum of the experts' outputs. (Merging whole networks would not: the
+activation stands between.) What differs from the released code, and why, is in docs/methods.md.
+
+Axis letters: T positions, B sentences, padding included; D model width; F hidden units; E experts; K experts merged;
+C width of a gate's input; R rows of a decoding batch (sentences x beams); U sentences that are kept merged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import ACTIVATIONS
+from ..balance import SpreadTerms
+from ..capacity import make_plan
+from ..config import MoEConfig
+from ..context import SentenceContext
+from ..experts.stacked import Experts, compute_dtype
+from ..layer import MoELayer
+from ..plan import Choices, RoutingPlan
+from ..registry import register_layer
+from ..routers.router import real_choices
+from .cache import distinct_rows, slots_by_sentence
+from .flops import merge_flops
+from .gate import GateChoice, SentenceGate, choices_merged, masked_mean
+from .gemm import merge, merged_linear
+
+
+@register_layer("merged")
+class MergedMoELayer(MoELayer):
+    """``y, plan = layer(x, padding=None, token_ids=None, context=None)``.
+
+    ``MoELayer(config)`` and ``build_layer(config)`` build it for a configuration that merges.
+
+    The gates see one vector per sentence: without ``context`` the mean of the layer's input over real positions, which
+    suits an encoder and would show a decoder its future; a decoder passes a ``SentenceContext``.
+
+    The plan names, for each real token, the experts that its sentence merges in the first map, with their gates as
+    weights; its ``row_cost`` is such that the pairs add up to the real cost: one expert per token, and the merging.
+
+    State: ``experts.{w1,b1,w2,b2}`` as in experts/stacked.py; ``gate1`` and ``gate2``: ``weight`` and ``noise_weight``
+    (E, D); with ``token_adapter`` ``adapter1.{down,up}`` and ``adapter2.{down,up}``.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.experts = Experts(config)
+        self.gate1 = SentenceGate(config)
+        self.gate2 = SentenceGate(config)
+        self.adapter1 = TokenAdapter(config.embed_dim) if config.token_adapter else None
+        self.adapter2 = TokenAdapter(config.expert_dim) if config.token_adapter else None
+
+    def forward(
+        self,
+        x: Tensor,
+        padding: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        context: SentenceContext | None = None,
+    ) -> tuple[Tensor, RoutingPlan]:
+        """Merge for each sentence, compute each token once.
+
+        Args:
+            x: floating point (T, B, D), time first as in fairseq, or (T, D) for one sentence.
+            padding: bool (T, B) or (T,), True at padding: not seen by the gates, not counted; output 0.
+            token_ids: not used.
+            context: required in a decoder.
+        Returns:
+            ``y`` like ``x``, and the plan.
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"merged experts need whole sentences: x must be (T, B, D) or (T, D), got {tuple(x.shape)}"
+            )
+        self._flatten(x, padding, None)  # refuses shapes that do not fit
+        if x.dim() == 2:
+            x_TBD, real_TB = x.unsqueeze(1), None if padding is None else ~padding.bool().unsqueeze(1)
+        else:
+            x_TBD, real_TB = x, None if padding is None else ~padding.bool()
+        if real_TB is not None:
+            x_TBD = x_TBD.masked_fill(~real_TB.unsqueeze(-1), 0.0)  # what padding holds must not matter, NaN included
+        vector_BC = self._gate_input(x_TBD, real_TB, context)
+        choice1, choice2 = self.gate1(vector_BC), self.gate2(vector_BC)
+        cache = None if context is None else context.cache
+        merges = 0 if cache else x_TBD.size(1)
+        x_BTD = x_TBD.transpose(0, 1)
+        if cache is None:
+            y_BTD = self._compute(x_BTD, choice1, choice2)
+        else:
+            y_BTD = self._compute_cached(x_BTD, vector_BC, choice1, choice2, cache)
+        y_TBD = y_BTD.transpose(0, 1).to(x.dtype)
+        if real_TB is not None:
+            y_TBD = y_TBD.masked_fill(~real_TB.unsqueeze(-1), 0.0)
+        return y_TBD.reshape(x.shape), self._plan(x_TBD, real_TB, choice1, choice2, merges)
+
+    def _gate_input(self, x_TBD: Tensor, real_TB: Tensor | None, context: SentenceContext | None) -> Tensor:
+        if context is None:
+            return masked_mean(x_TBD, real_TB)
+        vector_BC = context.vector_BC
+        if vector_BC.shape != x_TBD.shape[1:]:
+            raise ValueError(
+                f"context holds {tuple(vector_BC.shape)}, x needs {tuple(x_TBD.shape[1:])}: one vector per sentence, "
+                "of the decoder's width; merged experts need --encoder-embed-dim equal to --decoder-embed-dim"
+            )
+        return vector_BC.float()
+
+    def _compute(self, x_BTD: Tensor, choice1: GateChoice, choice2: GateChoice) -> Tensor:
+        """Both maps with the matrices made chunk by chunk."""
+        experts, dtype = self.experts, compute_dtype(x_BTD)
+        x_BTD = self._adapt(self.adapter1, x_BTD).to(dtype)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            pre_BTF = merged_linear(x_BTD, choice1, experts.w1, experts.b1)
+        hidden_BTF = self._hidden(pre_BTF).to(dtype)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            return merged_linear(hidden_BTF, choice2, experts.w2, experts.b2)
+
+    def _hidden(self, pre: Tensor) -> Tensor:
+        hidden = ACTIVATIONS[self.config.activation].forward(pre)
+        hidden = nn.functional.dropout(hidden, self.config.activation_dropout, self.training)
+        return self._adapt(self.adapter2, hidden)
+
+    @staticmethod
+    def _adapt(adapter: TokenAdapter | None, x: Tensor) -> Tensor:
+        return x if adapter is None else x + adapter(x)
+
+    def _compute_cached(
+        self,
+        x_RTD: Tensor,
+        vector_RC: Tensor,
+        choice1: GateChoice,
+        choice2: GateChoice,
+        cache: dict[str, Tensor],
+    ) -> Tensor:
+        """Rows of one sentence (its beams) share matrices that the first step made."""
+        dtype = compute_dtype(x_RTD)
+        if not cache:
+            first_U, cache["sentence_R"] = distinct_rows(vector_RC)
+            for number, choice, weight, bias in (
+                (1, choice1, self.experts.w1, self.experts.b1),
+                (2, choice2, self.experts.w2, self.experts.b2),
+            ):
+                gate_UK, expert_UK = choice.gate_BK[first_U], choice.expert_BK[first_U]
+                cache[f"w{number}"] = merge(weight, gate_UK, expert_UK).to(dtype)
+                cache[f"b{number}"] = merge(bias, gate_UK, expert_UK).to(dtype)
+        slot_R, beams = slots_by_sentence(cache["sentence_R"], cache["w1"].size(0))
+        shared = x_RTD.new_zeros(cache["w1"].size(0) * beams, *x_RTD.shape[1:]).index_copy(0, slot_R, x_RTD)
+        x_UND = self._adapt(self.adapter1, shared.view(cache["w1"].size(0), -1, x_RTD.size(-1))).to(dtype)
+        with torch.autocast(x_RTD.device.type, enabled=False):
+            hidden_UNF = self._hidden(torch.baddbmm(cache["b1"].unsqueeze(1), x_UND, cache["w1"])).to(dtype)
+            y_UND = torch.baddbmm(cache["b2"].unsqueeze(1), hidden_UNF, cache["w2"])
+        return y_UND.view(shared.shape).index_select(0, slot_R)
+
+    def _plan(
+        self, x_TBD: Tensor, real_TB: Tensor | None, choice1: GateChoice, choice2: GateChoice, merges: int
+    ) -> RoutingPlan:
+        num_tokens = x_TBD.size(0) * x_TBD.size(1)
+        num_real = torch.tensor(num_tokens, device=x_TBD.device) if real_TB is None else real_TB.sum()
+        real_B = None if real_TB is None else real_TB.any(dim=0)
+
+        def per_token(value_BE: Tensor) -> Tensor:
+            return value_BE.expand(x_TBD.size(0), *value_BE.shape).reshape(num_tokens, -1)
+
+        real_T = None if real_TB is None else real_TB.reshape(-1)
+        expert_TK = per_token(choice1.expert_BK)
+        weight_TE = per_token(choice1.weight_BE)
+        with torch.no_grad():
+            entropy_T = per_token(torch.special.entr(choice1.weight_BE).sum(dim=-1, keepdim=True)).squeeze(-1)
+            entropy = (entropy_T if real_T is None else entropy_T[real_T]).sum() / num_real.clamp(min=1)
+        return make_plan(
+            Choices(
+                expert_TK=expert_TK,
+                chosen_TK=real_choices(expert_TK, None, real_T),
+                score_TK=weight_TE.detach().gather(1, expert_TK),
+                weight_TE=weight_TE,
+                balance=SpreadTerms(torch.cat([choice1.spread(real_B), choice2.spread(real_B)])),
+                entropy=entropy,
+            ),
+            capacity=None,
+            num_real_tokens=num_real,
+            row_cost=self._row_cost(num_real, merges),
+        )
+
+    def _row_cost(self, num_real: Tensor, merges: int) -> Tensor:
+        computed = num_real * self.config.flops_per_row + merges * merge_flops(self.config)
+        dense = 4 * self.config.embed_dim * (self.config.dense_dim or self.config.expert_dim)
+        return computed / (num_real.clamp(min=1) * choices_merged(self.config) * dense)
+
+
+class TokenAdapter(nn.Module):
+    """MEO's "token level": x + up(relu(down(x))) with width / 64 units between; the identity at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, max(1, width // 64))
+        self.up = nn.Linear(max(1, width // 64), width)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What to add to ``x``."""
+        y: Tensor = self.up(torch.relu(self.down(x)))
+        return y
