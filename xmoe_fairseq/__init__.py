@@ -6,12 +6,9 @@ Without fairseq the layer alone, ``xmoe_fairseq.moe``, still works.
 from importlib.util import find_spec
 
 if find_spec("fairseq") is not None:
-    from . import criterions, models, optim  # noqa: F401  importing registers them
+    from . import criterions, models, optim, patches  # noqa: F401  importing registers them
     from .checkpoints import released  # noqa: F401  registers --arch xmoe_transformer_as_released
     from .checkpoints.safe_types import allow_checkpoint_types
-    from .checkpoints.stock_commands import harden_fairseq
-    from .cpu_bfloat16 import allow_cpu_bfloat16
 
     allow_checkpoint_types()
-    harden_fairseq()
-    allow_cpu_bfloat16()
+    patches.install()

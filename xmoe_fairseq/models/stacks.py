@@ -8,7 +8,7 @@ from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor, nn
 
-from .expert_parallel import teach_trainer
+from ..patches import expert_parallel
 from .layers import CurrentTokens, MoEDecoderLayer, MoEEncoderLayer, source_mean
 from .moe_args import is_moe_layer, moe_config
 
@@ -30,7 +30,7 @@ class _MoEStack:
         if not is_moe_layer(cfg, self.side, index):
             return None
         if cfg.moe_expert_parallel:
-            teach_trainer()
+            expert_parallel.install()
         width = getattr(cfg, self.side)
         seed_index = index + (1000 if self.side == "decoder" else 0)
         return moe_config(cfg, embed_dim=width.embed_dim, dense_dim=width.ffn_embed_dim, layer_index=seed_index)

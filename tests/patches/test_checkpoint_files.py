@@ -9,7 +9,6 @@ from fairseq.dataclass.configs import CheckpointConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 
-from xmoe_fairseq.checkpoints import stock_commands
 from xmoe_fairseq.checkpoints.fallback import latest_good
 from xmoe_fairseq.checkpoints.files import (
     CheckpointError,
@@ -18,13 +17,13 @@ from xmoe_fairseq.checkpoints.files import (
     load_checkpoint,
     save_checkpoint,
 )
-from xmoe_fairseq.checkpoints.stock_commands import harden_fairseq
+from xmoe_fairseq.patches import checkpoint_files
 
 
 @pytest.fixture
 def folder(tiny, tmp_path):
     """Checkpoints at updates 10 and 20, a copy of the second as checkpoint_last.pt, and an average."""
-    harden_fairseq()
+    checkpoint_files.install()
     for seed in (1, 2):
         state = tiny.state("xmoe_transformer_tiny", seed, moe_num_experts=4, moe_expert_dim=6)
         save_checkpoint(state, tmp_path / f"checkpoint{seed}.pt")
@@ -114,7 +113,7 @@ def test_a_copy_that_is_interrupted_leaves_the_old_file(folder, monkeypatch):
         partial.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stock_commands.shutil, "copyfile", killed)
+    monkeypatch.setattr(checkpoint_files.shutil, "copyfile", killed)
     with pytest.raises(KeyboardInterrupt):
         PathManager.copy(str(folder / "checkpoint1.pt"), str(folder / "checkpoint_last.pt"), overwrite=True)
     assert (folder / "checkpoint_last.pt").read_bytes() == before
@@ -144,9 +143,3 @@ def test_the_other_rank_receives_what_the_first_one_read(folder, monkeypatch):
     assert received["model"].keys() == state["model"].keys()
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in received["model"].items())
     assert received["cfg"]["model"].moe_num_experts == 4
-
-
-def test_hardening_twice_wraps_once(folder):
-    before = checkpoint_utils.load_checkpoint_to_cpu, PathManager.copy
-    harden_fairseq()
-    assert (checkpoint_utils.load_checkpoint_to_cpu, PathManager.copy) == before

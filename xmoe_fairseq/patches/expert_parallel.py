@@ -21,22 +21,16 @@ from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
 from ..moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks
+from .wrap import wrap
 
 
-def teach_trainer() -> None:
-    """Wrap fairseq's functions; calling it again changes nothing. Runs without parallel experts stay as they were."""
-    for owner, name, wrap in (
-        (utils, "clip_grad_norm_", _with_expert_norm),
-        (Trainer, "__init__", _with_checks),
-        (Trainer, "_build_optimizer", _with_sliced_loading),
-        (Trainer, "consolidate_optimizer", _with_gathering),
-        (Trainer, "state_dict", _with_whole_experts),
-    ):
-        stock = getattr(owner, name)
-        if not hasattr(stock, "_xmoe_stock"):
-            wrapped = functools.wraps(stock)(wrap(stock))
-            wrapped._xmoe_stock = stock  # type: ignore[attr-defined]
-            setattr(owner, name, wrapped)
+def install() -> None:
+    """Wrap fairseq's functions. Runs without parallel experts stay as they were."""
+    wrap(utils, "clip_grad_norm_", "expert-gradient-norm", _clip_grad_norm)
+    wrap(Trainer, "__init__", "expert-parallel-checks", _start)
+    wrap(Trainer, "_build_optimizer", "expert-moments-of-this-rank", _build_optimizer)
+    wrap(Trainer, "consolidate_optimizer", "gathered-experts", _consolidate)
+    wrap(Trainer, "state_dict", "gathered-experts", _state_dict)
 
 
 def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
@@ -44,28 +38,24 @@ def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ParallelExperts)}
 
 
-def _with_expert_norm(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def clip_grad_norm_(params: Any, max_norm: float, aggregate_norm_fn: Any = None) -> Tensor:
-        params = [params] if isinstance(params, Tensor) else list(params)
-        experts = [param for param in params if hasattr(param, "expert")]
-        if not experts or aggregate_norm_fn is not None:
-            return stock(params, max_norm, aggregate_norm_fn)
-        grads = [param.grad.detach() for param in experts if param.grad is not None]
-        return stock(params, max_norm, lambda shared_norm: norm_over_ranks(shared_norm, grads))
+def _clip_grad_norm(
+    original: Callable[..., Any], params: Any, max_norm: float, aggregate_norm_fn: Any = None
+) -> Tensor:
+    params = [params] if isinstance(params, Tensor) else list(params)
+    experts = [param for param in params if hasattr(param, "expert")]
+    if not experts or aggregate_norm_fn is not None:
+        return original(params, max_norm, aggregate_norm_fn)
+    grads = [param.grad.detach() for param in experts if param.grad is not None]
+    return original(params, max_norm, lambda shared_norm: norm_over_ranks(shared_norm, grads))
 
-    return clip_grad_norm_
 
-
-def _with_checks(stock: Callable[..., None]) -> Callable[..., None]:
-    def __init__(trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        experts = parallel_experts(model)
-        if experts:
-            check_supported(cfg, task)
-            # torch's DDP reads this; it must neither broadcast nor reduce what differs from rank to rank
-            model._ddp_params_and_buffers_to_ignore = [f"{name}.{weight}" for name in experts for weight in WEIGHTS]
-        stock(trainer, cfg, task, model, *args, **kwargs)
-
-    return __init__
+def _start(original: Callable[..., Any], trainer: Trainer, cfg: Any, task: Any, model: nn.Module, *rest: Any) -> None:
+    experts = parallel_experts(model)
+    if experts:
+        check_supported(cfg, task)
+        # torch's DDP reads this; it must neither broadcast nor reduce what differs from rank to rank
+        model._ddp_params_and_buffers_to_ignore = [f"{name}.{weight}" for name in experts for weight in WEIGHTS]
+    original(trainer, cfg, task, model, *rest)
 
 
 def check_supported(cfg: Any, task: Any) -> None:
@@ -102,19 +92,16 @@ class _Whole(NamedTuple):
     optimizer: dict[int, dict[str, Tensor]]
 
 
-def _with_gathering(stock: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
-    def consolidate_optimizer(trainer: Trainer) -> None:
-        stock(trainer)
-        if not parallel_experts(trainer.get_model()):
-            return
-        trainer._whole_experts = None  # frees what an unsaved gathering left
-        ema = _gather_weights(trainer.ema.get_model()) if trainer.cfg.ema.store_ema else {}
-        optimizer = {} if trainer.cfg.checkpoint.no_save_optimizer_state else _gather_slots(trainer.optimizer.optimizer)
-        whole = _Whole(_gather_weights(trainer.get_model()), ema, optimizer)
-        if trainer.is_data_parallel_master:
-            trainer._whole_experts = whole
-
-    return consolidate_optimizer
+def _consolidate(original: Callable[..., Any], trainer: Trainer) -> None:
+    original(trainer)
+    if not parallel_experts(trainer.get_model()):
+        return
+    trainer._whole_experts = None  # frees what an unsaved gathering left
+    ema = _gather_weights(trainer.ema.get_model()) if trainer.cfg.ema.store_ema else {}
+    optimizer = {} if trainer.cfg.checkpoint.no_save_optimizer_state else _gather_slots(trainer.optimizer.optimizer)
+    whole = _Whole(_gather_weights(trainer.get_model()), ema, optimizer)
+    if trainer.is_data_parallel_master:
+        trainer._whole_experts = whole
 
 
 def _gather_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -138,36 +125,30 @@ def _gather_slots(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tenso
     return slots
 
 
-def _with_whole_experts(stock: Callable[[Trainer], dict[str, Any]]) -> Callable[[Trainer], dict[str, Any]]:
-    def state_dict(trainer: Trainer) -> dict[str, Any]:
-        state = stock(trainer)
-        if not parallel_experts(trainer.get_model()):
-            return state
-        whole = getattr(trainer, "_whole_experts", None)
-        if whole is None:
-            raise RuntimeError("experts lie on several ranks: call trainer.consolidate_optimizer() on every rank first")
-        trainer._whole_experts = None
-        state["model"].update(whole.model)
-        if whole.ema:
-            state["extra_state"]["ema"].update(whole.ema)
-        for position, slots in whole.optimizer.items():
-            if slots:
-                saved = state["last_optimizer_state"]["state"]
-                saved[position] = {**saved[position], **slots}
+def _state_dict(original: Callable[..., Any], trainer: Trainer) -> dict[str, Any]:
+    state = original(trainer)
+    if not parallel_experts(trainer.get_model()):
         return state
+    whole = getattr(trainer, "_whole_experts", None)
+    if whole is None:
+        raise RuntimeError("experts lie on several ranks: call trainer.consolidate_optimizer() on every rank first")
+    trainer._whole_experts = None
+    state["model"].update(whole.model)
+    if whole.ema:
+        state["extra_state"]["ema"].update(whole.ema)
+    for position, slots in whole.optimizer.items():
+        if slots:
+            saved = state["last_optimizer_state"]["state"]
+            saved[position] = {**saved[position], **slots}
+    return state
 
-    return state_dict
 
-
-def _with_sliced_loading(stock: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
-    def _build_optimizer(trainer: Trainer) -> None:
-        stock(trainer)
-        experts = parallel_experts(trainer.get_model())
-        if experts:
-            held = local_slice(next(iter(experts.values())).num_experts)
-            trainer.optimizer.optimizer.register_load_state_dict_pre_hook(functools.partial(_slice_slots, held))
-
-    return _build_optimizer
+def _build_optimizer(original: Callable[..., Any], trainer: Trainer) -> None:
+    original(trainer)
+    experts = parallel_experts(trainer.get_model())
+    if experts:
+        held = local_slice(next(iter(experts.values())).num_experts)
+        trainer.optimizer.optimizer.register_load_state_dict_pre_hook(functools.partial(_slice_slots, held))
 
 
 def _slice_slots(held: slice, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

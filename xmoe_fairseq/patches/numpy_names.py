@@ -6,8 +6,11 @@ import types
 
 import numpy as np
 
+from .wrap import INSTALLED
 
-def restore_numpy_names() -> None:
+
+def install() -> None:
     """Give a NumPy without ``numpy.compat`` its ``long``, which was ``int``; calling it again changes nothing."""
     if "compat" not in vars(np):
         vars(np)["compat"] = types.SimpleNamespace(long=int)
+        INSTALLED["numpy-names"] = ["numpy.compat"]

@@ -1,6 +1,6 @@
 """Make stock fairseq commands read and write checkpoints safely, on several ranks too, without editing fairseq.
 
-The package door calls ``harden_fairseq``. Four functions of fairseq are wrapped at run time:
+Four functions of fairseq are wrapped at run time:
 
 - reading: the checksums are looked at, and a refused or damaged file gets a clear message;
 - resuming: if ``checkpoint_last.pt`` is damaged, training continues from the last good checkpoint of the folder;
@@ -12,7 +12,6 @@ The package door calls ``harden_fairseq``. Four functions of fairseq are wrapped
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import pickle
@@ -27,28 +26,20 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
-from .fallback import latest_good
-from .files import CheckpointError, refusal, verify_file, write_aside
+from ..checkpoints.fallback import latest_good
+from ..checkpoints.files import CheckpointError, refusal, verify_file, write_aside
+from .wrap import wrap
 
 logger = logging.getLogger(__name__)
 _resuming = False
 
 
-def harden_fairseq() -> None:
-    """Wrap the four functions; calling it again changes nothing."""
-    _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _read_checked)
-    _wrap(checkpoint_utils, "load_checkpoint", _resume)
-    _wrap(distributed_utils, "_broadcast_object_slow", _broadcast_plain)
-    _wrap(PathManager, "copy", _copy_aside)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = getattr(owner, name)
-    if getattr(original, "is_hardened", False):
-        return
-    wrapped = functools.wraps(original)(functools.partial(wrapper, original))
-    wrapped.is_hardened = True  # type: ignore[attr-defined]
-    setattr(owner, name, staticmethod(wrapped) if isinstance(owner, type) else wrapped)
+def install() -> None:
+    """Wrap the four functions."""
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", "checked-reading", _read_checked)
+    wrap(checkpoint_utils, "load_checkpoint", "last-good-checkpoint", _resume)
+    wrap(distributed_utils, "_broadcast_object_slow", "plain-broadcast", _broadcast_plain)
+    wrap(PathManager, "copy", "whole-copies", _copy_aside)
 
 
 def _resume(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,5 @@
+"""The tiny models of the checkpoint tests serve here, too."""
+
+from tests.checkpoints.conftest import tiny
+
+__all__ = ["tiny"]

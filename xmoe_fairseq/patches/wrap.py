@@ -1,0 +1,43 @@
+"""The one way in which this package changes fairseq at run time: a named wrapper around a function or method.
+
+A wrapper is ``wrapper(original, *args, **kwargs)``. The name stands in docs/patches.md and on the wrapped function, so
+that whoever meets it in a traceback or a debugger can look it up.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+# Name -> what it wraps ("fairseq.trainer.Trainer.state_dict"), of every patch that has been installed.
+INSTALLED: dict[str, list[str]] = {}
+
+
+def wrap(owner: Any, attribute: str, name: str, wrapper: Callable[..., Any]) -> None:
+    """Let ``wrapper`` run in place of ``owner.attribute``; doing it again under the same name changes nothing.
+
+    Args:
+        owner: a module or a class. A static method stays static; a class method is not supported.
+        name: the patch's name in docs/patches.md.
+        wrapper: called with the original function, then with what the caller gave.
+    """
+    original = getattr(owner, attribute)
+    if name in patches_of(original):
+        return
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    patched.xmoe_patches = (*patches_of(original), name)  # type: ignore[attr-defined]
+    is_static = isinstance(inspect.getattr_static(owner, attribute), staticmethod)
+    setattr(owner, attribute, staticmethod(patched) if is_static else patched)
+    where = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+    INSTALLED.setdefault(name, []).append(f"{where}.{attribute}")
+
+
+def patches_of(function: Any) -> tuple[str, ...]:
+    """Names of the patches around ``function``, the innermost first."""
+    return getattr(function, "xmoe_patches", ())
