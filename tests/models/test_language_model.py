@@ -9,7 +9,7 @@ from fairseq.data import Dictionary
 from fairseq.models import build_model
 from fairseq.sequence_generator import SequenceGenerator
 
-from xmoe_fairseq.moe import MergedMoELayer
+from xmoe_fairseq.moe import MergedMoELayer, MoELayer
 
 
 def dictionary(size=30):
@@ -47,6 +47,11 @@ def test_positions_come_from_the_task_and_stay_with_the_checkpoint():
     by_flags, _ = build("xmoe_transformer_tiny_lm", tokens_per_sample=16, max_target_positions=None)
     by_yaml, _ = build("xmoe_transformer_tiny_lm", task_args=Namespace(tokens_per_sample=24))
     assert (by_flags.max_positions(), by_yaml.max_positions()) == (16, 24)
+
+
+def test_thresholds_of_a_language_model_are_those_of_its_decoder():
+    model, _ = build("xmoe_transformer_tiny_lm", tokens_per_sample=16, moe_interval=1, moe_threshold=[0.25, 0.75])
+    assert [layer.config.threshold for layer in model.modules() if isinstance(layer, MoELayer)] == [0.25, 0.75]
 
 
 def meo(**settings):

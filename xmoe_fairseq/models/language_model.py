@@ -41,7 +41,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         check_supported(args)
         check_language_model(args)
         settle_positions(args, task)
-        cfg = MoETransformerConfig.from_settings(args)
+        cfg = MoETransformerConfig.from_settings(args, sides=("decoder",))
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
         return cls(MoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
 

@@ -22,6 +22,12 @@ def optional(cast: type) -> Any:
     return parse
 
 
+def number_or_list(text: str) -> float | list[float]:
+    """``0.9``, or ``0.5,0.6,0.7``: one number for each MoE layer."""
+    numbers = [float(part) for part in text.split(",")]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 class Setting(NamedTuple):
     """``default`` is XMoE's; ``config`` is the MoEConfig field it fills, None where the model uses it itself."""
 
@@ -43,7 +49,13 @@ SETTINGS: dict[str, Setting] = {
     "moe_expert_dim": Setting(
         1024, int, "expert_dim", "hidden units of ONE expert (dense FFN: --encoder-ffn-embed-dim)"
     ),
-    "moe_threshold": Setting(0.9, float, "threshold", "probability mass in [0, 1] that a token's experts must reach"),
+    "moe_threshold": Setting(
+        0.9,
+        number_or_list,
+        "threshold",
+        "probability mass in [0, 1] that a token's experts must reach; one number, or one for each MoE layer "
+        "(0.5,0.6,0.7): the encoder's first",
+    ),
     "moe_top_k": Setting(None, optional(int), "top_k", "experts a token takes (top_k, adamoe, merged experts)"),
     "moe_max_experts": Setting(
         None, optional(int), "max_experts", "most experts a token takes under the threshold router; none: no limit"
@@ -133,10 +145,11 @@ def check_moe_names(args: Any) -> None:
         raise ValueError(f"unknown settings {', '.join(unknown)}; the moe_* settings are {', '.join(SETTINGS)}")
 
 
-def moe_config(cfg: Any, *, embed_dim: int, dense_dim: int, layer_index: int) -> MoEConfig:
-    """The configuration of one layer from a model's flat settings."""
+def moe_config(cfg: Any, *, side: str, layer_index: int, embed_dim: int, dense_dim: int) -> MoEConfig:
+    """The configuration of layer ``layer_index`` (from 0) of ``side`` from a model's flat settings."""
     fields = {setting.config: getattr(cfg, name) for name, setting in SETTINGS.items() if setting.config}
-    fields["hash_seed"] += layer_index  # another hash in every layer
+    fields["threshold"] = cfg.layer_thresholds[side, layer_index]
+    fields["hash_seed"] += layer_index + (1000 if side == "decoder" else 0)  # another hash in every layer
     return MoEConfig(
         embed_dim=embed_dim,
         activation=str(cfg.activation_fn),
@@ -155,6 +168,35 @@ def is_moe_layer(cfg: Any, side: str, layer_index: int) -> bool:
     if cfg.moe_sides not in ("encoder", "decoder", "both"):
         raise ValueError(f"moe_sides ({cfg.moe_sides!r}) must be encoder, decoder or both")
     return cfg.moe_sides in (side, "both") and (layer_index + 1) % cfg.moe_interval == 0
+
+
+def layer_thresholds(cfg: Any, sides: tuple[str, ...]) -> dict[tuple[str, int], float]:
+    """The threshold of every MoE layer by (side, index in its stack), in the order of a list in ``moe_threshold``.
+
+    Args:
+        sides: the stacks that the model has, encoder before decoder.
+    Raises: ValueError for a list that has not one number for each MoE layer.
+    """
+    places = [
+        (side, index)
+        for side in sides
+        for index in range(getattr(cfg, f"{side}_layers"))
+        if is_moe_layer(cfg, side, index)
+    ]
+    given = cfg.moe_threshold
+    if isinstance(given, (int, float)):
+        return dict.fromkeys(places, float(given))
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"moe_threshold ({given!r}) must be a number in [0, 1], or a list of such numbers") from None
+    if len(values) != len(places):
+        names = ", ".join(f"{side} {index}" for side, index in places)
+        raise ValueError(
+            f"moe_threshold has {len(values)} numbers ({given}), but the model has {len(places)} MoE layers ({names}); "
+            "give one number for all layers, or one for each"
+        )
+    return dict(zip(places, values, strict=True))
 
 
 def check_supported(args: Any) -> None:

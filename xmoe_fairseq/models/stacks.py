@@ -32,8 +32,9 @@ class _MoEStack:
         if cfg.moe_expert_parallel:
             expert_parallel.install()
         width = getattr(cfg, self.side)
-        seed_index = index + (1000 if self.side == "decoder" else 0)
-        return moe_config(cfg, embed_dim=width.embed_dim, dense_dim=width.ffn_embed_dim, layer_index=seed_index)
+        return moe_config(
+            cfg, side=self.side, layer_index=index, embed_dim=width.embed_dim, dense_dim=width.ffn_embed_dim
+        )
 
 
 def _wrapped(layer: nn.Module, cfg: Any) -> nn.Module:

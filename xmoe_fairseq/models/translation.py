@@ -9,7 +9,7 @@ from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ..moe import record_plans
-from .moe_args import SETTINGS, add_moe_args, check_moe_names, check_supported, fill_moe_defaults
+from .moe_args import SETTINGS, add_moe_args, check_moe_names, check_supported, fill_moe_defaults, layer_thresholds
 from .stacks import MoEDecoder, MoEEncoder
 
 
@@ -17,11 +17,12 @@ class MoETransformerConfig(TransformerConfig):
     """fairseq's transformer settings and the flat ``moe_*`` ones."""
 
     @classmethod
-    def from_settings(cls, args: Any) -> MoETransformerConfig:
-        """From flags (Namespace) or YAML (DictConfig)."""
+    def from_settings(cls, args: Any, sides: tuple[str, ...] = ("encoder", "decoder")) -> MoETransformerConfig:
+        """From flags (Namespace) or YAML (DictConfig); ``sides`` names the stacks that the model has."""
         config = cls.from_namespace(args)
         for name in SETTINGS:
             setattr(config, name, getattr(args, name))
+        config.layer_thresholds = layer_thresholds(args, sides)
         return config
 
 
