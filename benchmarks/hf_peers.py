@@ -32,33 +32,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import types
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-def bypass_door() -> None:
-    """Let ``xmoe_fairseq.moe`` be imported where fairseq is absent.
-
-    Importing it runs the package's ``__init__``, which imports fairseq to register models; the layer does not
-    need it. A bare package of the same name and path stands in.
-    """
-    if importlib.util.find_spec("fairseq") is None:
-        package = types.ModuleType("xmoe_fairseq")
-        package.__path__ = [str(Path(__file__).resolve().parents[1] / "xmoe_fairseq")]
-        sys.modules.setdefault("xmoe_fairseq", package)
-
-
-bypass_door()
-
-from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result  # noqa: E402
-from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step  # noqa: E402
-from benchmarks.peers import DenseFFN  # noqa: E402
-from xmoe_fairseq.moe import MoEConfig, MoELayer  # noqa: E402
-from xmoe_fairseq.moe.flops import counted_flops  # noqa: E402
+from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result
+from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step
+from benchmarks.peers import DenseFFN
+from xmoe_fairseq.moe import MoEConfig, MoELayer
+from xmoe_fairseq.moe.flops import counted_flops
 
 
 class Setting(NamedTuple):

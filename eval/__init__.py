@@ -1,1 +1,1 @@
-"""Translate, score and compare: the evaluation half of the pipeline (see eval/README.md)."""
+"""The evaluation half of the pipeline (see eval/README.md): commands here, what they use in the folders below."""

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from eval import files
-from eval.analysis import corpus as corpora
-from eval.analysis import passes, translation
-from eval.analysis.history import read_history
-from eval.analysis.loading import Loaded, load, moe_layers
+from eval.routing import corpus as corpora
+from eval.routing import passes, translation
+from eval.routing.loading import Loaded, load, moe_layers
+from eval.run.history import read_history
+from eval.text import files
+from eval.text.translator import load_subwords
 from eval.translate import parse_overrides
-from eval.translator import load_subwords
 
 SCHEMA = 1
 DEFAULT_CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)

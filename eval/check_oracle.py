@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import files, score
+from eval import score
+from eval.text import files
 
 TOLERANCE = 1e-6
 _METRICS = ("bleu", "chrf")

@@ -19,7 +19,7 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
-from eval import files, metrics
+from eval.text import files, metrics
 
 METHODS = {"bootstrap": "bs", "approximate-randomisation": "ar"}
 

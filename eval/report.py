@@ -20,10 +20,9 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from eval import files
-from eval.analysis import figures
+from eval.page import TEMPLATES, figures
+from eval.text import files
 
-_TEMPLATES = Path(__file__).with_name("templates")
 MAX_BYTES = 10_000_000
 _CONFIG_GROUPS = (
     "model",
@@ -88,7 +87,7 @@ def _page(runs: Sequence[dict[str, Any]], title: str, benchmarks: Sequence[Any],
     explorers = [{"name": run["name"], "sentences": _explored(run, share)} for run in runs]
     explorers = [found for found in explorers if found["sentences"]]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("report.html.j2").render(
         title=title,
@@ -113,7 +112,7 @@ def _page(runs: Sequence[dict[str, Any]], title: str, benchmarks: Sequence[Any],
 
 
 def _asset(name: str) -> str:
-    return (_TEMPLATES / name).read_text(encoding="utf-8")
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _embedded(value: Any) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from eval import files
+from eval.run.training_log import Record, last_figures, read_records
 from eval.score import format_table
-from eval.training_log import Record, last_figures, read_records
+from eval.text import files
 
 _LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from eval import files
+from eval.text import files
 
 _HEADERS = (
     "run",

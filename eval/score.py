@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.base import Metric
 from tabulate import tabulate
 
-from eval import files, metrics
+from eval.text import files, metrics
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from typing import Any
 import jinja2
 from fairseq.data.data_utils import infer_language_pair
 
-from eval.analysis import passes, translation
-from eval.analysis.loading import Loaded, moe_layers
+from eval.page import TEMPLATES
+from eval.routing import passes, translation
+from eval.routing.loading import Loaded, moe_layers
+from eval.text.translator import Translator, TranslatorConfig
 from eval.translate import parse_overrides
-from eval.translator import Translator, TranslatorConfig
 from xmoe_fairseq.moe import record_plans
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_CHARACTERS = 1000
 MAX_BODY = 8 * MAX_CHARACTERS  # bytes; JSON may write a character as \uXXXX
@@ -96,7 +96,7 @@ class Page:
         if first:
             experts = f"{first.num_experts} experts of {first.expert_dim}"
             description = f"{len(self.configs)} MoE layers, router {first.router}, {experts} hidden units."
-        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True)
+        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
         return environment.get_template("serve.html.j2").render(
             title=f"{config.source_lang}-{config.target_lang}: try the model",
             description=description,
@@ -109,10 +109,10 @@ class Page:
             capacity=first and first.eval_capacity_factor,
             nonce=nonce,
             **{
-                name.replace(".", "_"): (_TEMPLATES / name).read_text(encoding="utf-8")
+                name.replace(".", "_"): (TEMPLATES / name).read_text(encoding="utf-8")
                 for name in ("theme.js", "explorer.js", "serve.js")
             },
-            css=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
+            css=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         )
 
     def answer(self, body: bytes) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
-from eval import files
-from eval.analysis.corpus import Corpus, binarised
-from eval.analysis.loading import Loaded, load, moe_layers
-from eval.analysis.passes import evaluate, routing_settings
+from eval.routing.corpus import Corpus, binarised
+from eval.routing.loading import Loaded, load, moe_layers
+from eval.routing.passes import evaluate, routing_settings
+from eval.text import files
 from xmoe_fairseq.moe.flops import counted_flops
 
 

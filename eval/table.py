@@ -20,7 +20,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from eval import files
+from eval.text import files
 
 _METRICS = ("bleu", "chrf++")
 _MISSING = "–"

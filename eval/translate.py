@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval import files
-from eval.translator import Translation, Translator, TranslatorConfig
+from eval.text import files
+from eval.text.translator import Translation, Translator, TranslatorConfig
 
 __all__ = ["Translation", "Translator", "TranslatorConfig", "translate_lines"]
 

@@ -186,12 +186,12 @@ train_model() {
         ${overrides[@]+"${overrides[@]/#/++}"})
     if [[ -n $dry_run ]]; then
         printf '%q ' "${command[@]}"
-        printf '2>&1 | python -m eval.training_log --log %q\n' "$training_log"
+        printf '2>&1 | python -m eval.run.training_log --log %q\n' "$training_log"
         return
     fi
     mkdir -p "$checkpoints"
     git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' >"$checkpoints/commit.txt" 2>/dev/null || true
-    "${command[@]}" 2>&1 | python -m eval.training_log --log "$training_log"
+    "${command[@]}" 2>&1 | python -m eval.run.training_log --log "$training_log"
     [[ -f $checkpoints/checkpoint_last.pt ]] || die "the training left no checkpoint in $checkpoints; see $training_log"
 }
 

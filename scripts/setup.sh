@@ -4,8 +4,8 @@ usage() {
     cat <<'TEXT'
 Usage: scripts/setup.sh [--dev]
 
-Makes the project's virtual environment from the pinned requirements.txt. A second call with the same
-pins takes a moment; after a failure the same command continues.
+Makes the project's virtual environment from the pinned requirements.txt and installs this checkout in place, with the
+command xmoe. A second call with the same pins takes a moment; after a failure the same command continues.
 
   --dev         also install what scripts/test.sh needs (requirements-dev.txt)
   -h, --help    this text
@@ -103,11 +103,24 @@ check_versions() { # torchaudio is left out on purpose
     ! "$python" -m pip check --disable-pip-version-check | grep -v -e torchaudio -e '^No broken' >&2
 }
 
+package_stamp() {
+    printf '%s\n' "$root"
+    stamp_text "$root/pyproject.toml"
+}
+
+install_package() { # in place: the command xmoe and the module xmoe_fairseq are those of this checkout
+    pip_install --no-build-isolation --no-deps --editable "$root"
+}
+
 make_venv
 if ! is_done "$venv/.xmoe-runtime" "$requirements"; then
     rm -f "$venv/.xmoe-runtime"
     install_runtime
     stamp_text "$requirements" >"$venv/.xmoe-runtime"
+fi
+if ! [[ -f $venv/.xmoe-package && $(<"$venv/.xmoe-package") == "$(package_stamp)" ]]; then
+    step 'install this checkout in place' install_package
+    package_stamp >"$venv/.xmoe-package"
 fi
 if [[ -n $dev ]] && ! is_done "$venv/.xmoe-dev" "$requirements" "$root/requirements-dev.txt"; then
     step 'install the development requirements' pip_install -r "$root/requirements-dev.txt"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from eval import analyse, report, serve
-from eval.analysis import corpus as corpora
-from eval.analysis import passes, translation
+from eval.routing import corpus as corpora
+from eval.routing import passes, translation
 from tests.eval import tiny_routed
 from tests.eval.conftest import TinyModel, tiny_model
 

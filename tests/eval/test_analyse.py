@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from eval import analyse
-from eval.analysis import corpus as corpora
-from eval.analysis import passes, tokens, translation
-from eval.analysis.history import read_history
-from eval.analysis.loading import load, moe_layers
-from eval.analysis.sums import AgreementSums, normalised_mutual_information
+from eval.routing import corpus as corpora
+from eval.routing import passes, tokens, translation
+from eval.routing.loading import load, moe_layers
+from eval.routing.sums import AgreementSums, normalised_mutual_information
+from eval.run.history import read_history
 from tests.eval import tiny_routed
 from tests.eval.conftest import NUMBERS
 from xmoe_fairseq.moe import record_plans

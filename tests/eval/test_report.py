@@ -7,8 +7,9 @@ import re
 import pytest
 
 from eval import analyse, report
-from eval.analysis import corpus as corpora
-from eval.analysis import figures, passes, translation
+from eval.page import figures
+from eval.routing import corpus as corpora
+from eval.routing import passes, translation
 from tests.eval import tiny_routed
 
 SOURCE, TARGET = ["▁a b ▁12 ,", "▁a"], ["b", "▁a ▁a"]

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from eval import check_oracle, metrics, score
+from eval import check_oracle, score
+from eval.text import metrics
 
 HYPOTHESES = [
     "The parliament met on Monday to discuss the new budget.",

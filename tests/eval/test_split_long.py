@@ -1,8 +1,8 @@
-"""eval.split_long: chunks fit, nothing is lost, sentences before commas before words before letters."""
+"""eval.text.split_long: chunks fit, nothing is lost, sentences before commas before words before letters."""
 
 import pytest
 
-from eval.split_long import split_text
+from eval.text.split_long import split_text
 
 
 def count_words(text: str) -> int:

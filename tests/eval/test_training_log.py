@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from eval import training_log
-from eval.training_log import last_figures, parse_line, read_records
+from eval.run import training_log
+from eval.run.training_log import last_figures, parse_line, read_records
 
 START = "[2026-01-31 12:00:00,000]"
 INNER = START + '[train_inner][INFO] - {"epoch": 1, "update": 0.5, "loss": "9.5", "wps": "100", "num_updates": "10"}'

@@ -11,8 +11,8 @@ import torch
 
 from data_prep import subwords
 from eval import translate
+from eval.text.translator import load_subwords
 from eval.translate import Translator, TranslatorConfig
-from eval.translator import load_subwords
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor, nn
 
 import xmoe_fairseq
-from eval.analysis.loading import Loaded, moe_layers
+from eval.routing.loading import Loaded, moe_layers
 from xmoe_fairseq.moe.plan import Choices
 from xmoe_fairseq.moe.routers.router import real_choices
 

@@ -26,7 +26,7 @@ esac
 @pytest.fixture
 def project(tmp_path):
     """A copy of the scripts and pins with an environment whose pip does nothing; returns (folder, run)."""
-    for name in ("scripts", "requirements.txt", "requirements-dev.txt"):
+    for name in ("scripts", "requirements.txt", "requirements-dev.txt", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     interpreter = tmp_path / ".venv" / "bin" / "python"
@@ -49,8 +49,9 @@ def test_a_second_call_installs_nothing(project):
     _, run = project
     result, calls = run("--dev")
     assert result.returncode == 0, result.stderr
-    assert len(calls) == 4  # what the build needs, the rest, fairseq, the development tools
+    assert len(calls) == 5  # what the build needs, the rest, fairseq, this checkout, the development tools
     assert "--no-build-isolation --no-deps" in calls[2]
+    assert calls[3].endswith(f"--no-build-isolation --no-deps --editable {project[0]}")
     assert run("--dev")[1] == []
 
 
@@ -62,6 +63,13 @@ def test_changed_pins_install_again(project):
     assert len(run()[1]) == 3
 
 
+def test_another_checkout_with_the_same_environment_is_installed_in_its_place(project):
+    folder, run = project
+    run()
+    (folder / ".venv" / ".xmoe-package").write_text("/another/checkout\n")
+    assert [call.split()[-2:] for call in run()[1]] == [["--editable", str(folder)]]
+
+
 def test_a_failed_step_names_itself_and_the_next_call_repeats_it(project):
     folder, run = project
     (folder / "broken").touch()
@@ -70,7 +78,7 @@ def test_a_failed_step_names_itself_and_the_next_call_repeats_it(project):
     assert "set-up step failed: compile and install fairseq" in result.stderr.splitlines()[-1]
     (folder / "broken").unlink()
     result, calls = run()
-    assert (result.returncode, len(calls)) == (0, 3)
+    assert (result.returncode, len(calls)) == (0, 4)
 
 
 def test_an_unsupported_python_is_refused_with_the_way_out(project):

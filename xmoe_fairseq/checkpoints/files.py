@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .safe_types import allow_checkpoint_types
+from ..safe_types import allow_checkpoint_types
 
 State = dict[str, Any]
 _ZIP_START = b"PK\x03\x04"
@@ -170,7 +170,7 @@ def refusal(path: Path, error: Exception) -> CheckpointError:
         )
     return UnsafeCheckpointError(
         f"{path}: refused: loading it would call {named[1]}, which is not on the list of harmless types "
-        "(xmoe_fairseq/checkpoints/safe_types.py). Nothing was run. Take the file from a source you trust, or have its "
+        "(xmoe_fairseq/safe_types.py). Nothing was run. Take the file from a source you trust, or have its "
         "owner export safetensors"
     )
 

@@ -6,6 +6,8 @@ spread experts installs.
 
 from __future__ import annotations
 
+import fairseq  # noqa: F401  the door opens first, while no module of this folder is half imported
+
 from . import checkpoint_files, cpu_bfloat16, numpy_names
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from eval.training_log import Record, read_records
+from eval.run.training_log import Record, read_records
 
 _LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _CURVES = (

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.analysis import tokens
-from eval.analysis.activations import InsideLayers
-from eval.analysis.corpus import Corpus, input_tokens
-from eval.analysis.loading import Loaded, moe_layers
-from eval.analysis.sums import AgreementSums, LayerSums
+from eval.routing import tokens
+from eval.routing.activations import InsideLayers
+from eval.routing.corpus import Corpus, input_tokens
+from eval.routing.loading import Loaded, moe_layers
+from eval.routing.sums import AgreementSums, LayerSums
 from xmoe_fairseq.criterions.load_balance import layer_label
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 from xmoe_fairseq.moe.statistics import routing_figures, routing_sums

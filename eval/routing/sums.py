@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.analysis import tokens
+from eval.routing import tokens
 from xmoe_fairseq.moe import RoutingPlan
 from xmoe_fairseq.moe.statistics import routing_figures, routing_sums
 

@@ -12,10 +12,10 @@ from fairseq_cli.generate import get_symbols_to_strip_from_output
 from torch import Tensor
 
 from eval import score
-from eval.analysis.corpus import Corpus, from_lines
-from eval.analysis.loading import Loaded
-from eval.analysis.passes import add_plans, short_label, summed_figures
-from eval.translator import load_subwords
+from eval.routing.corpus import Corpus, from_lines
+from eval.routing.loading import Loaded
+from eval.routing.passes import add_plans, short_label, summed_figures
+from eval.text.translator import load_subwords
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 
 MAX_EXPERTS_SHOWN = 16  # of one token in one layer, the heaviest first

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.subwords import Coder
-from eval.split_long import split_text
+from eval.text.split_long import split_text
 
 _UNSPACED_TARGETS = ("zh", "ja", "th")
 _DEFAULT_MAX_TOKENS = 12000  # fairseq-generate's own default

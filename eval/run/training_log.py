@@ -1,6 +1,6 @@
 """Read fairseq's JSON training log; as a command, keep it in a file and show it as a progress bar.
 
-fairseq-hydra-train ... common.log_format=json 2>&1 | python -m eval.training_log --log train.log
+fairseq-hydra-train ... common.log_format=json 2>&1 | python -m eval.run.training_log --log train.log
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.training_log", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m eval.run.training_log", description=__doc__.splitlines()[0])
     parser.add_argument("--log", required=True, metavar="FILE", help="append every line of standard input to this file")
     return parser
 

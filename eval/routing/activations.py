@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.analysis.loading import moe_layers
-from eval.analysis.sums import rounded
+from eval.routing.loading import moe_layers
+from eval.routing.sums import rounded
 from xmoe_fairseq.moe import MoELayer, RoutingPlan
 from xmoe_fairseq.moe.activations import ACTIVATIONS
 

@@ -1,1 +1,0 @@
-"""Figures of a trained model's routing, counted on real forward passes; eval.analyse and eval.serve use them."""

@@ -1,0 +1,1 @@
+"""Figures of a trained model's routing, counted on real forward passes."""

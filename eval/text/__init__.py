@@ -1,0 +1,1 @@
+"""Text in and out: files of segments, translation, metrics."""

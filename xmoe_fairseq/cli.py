@@ -1,0 +1,170 @@
+"""The command ``xmoe``: one name for every module and script of the project.
+
+A table of names; nothing is imported before a command is chosen. Commands of the package run from any installation,
+all others from the checkout that the package lies in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import __version__
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class Command(NamedTuple):
+    """One line of the table: the words after ``xmoe``, a module or a script of the checkout, and what it does."""
+
+    name: str
+    target: str
+    does: str
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "Start": (
+        Command("demo", "scripts/demo.sh", "a translation project in minutes, on a CPU, without a download"),
+        Command("setup", "scripts/setup.sh", "make the virtual environment from the pinned requirements"),
+        Command("test", "scripts/test.sh", "every check: format, lint, types, shell, unit and end-to-end tests"),
+    ),
+    "Prepare text": (
+        Command("prepare phrases", "data_prep.phrases", "make the demo's corpus"),
+        Command("prepare download", "data_prep/download_wmt23.sh", "fetch a language pair of WMT23"),
+        Command("prepare validate", "data_prep.validate", "check parallel text, change nothing"),
+        Command("prepare clean", "data_prep.clean", "mend and filter parallel text"),
+        Command("prepare subwords", "data_prep.subwords", "learn, encode, decode, dictionaries"),
+        Command("prepare binarise", "data_prep/binarise.sh", "clean text to fairseq's binary data"),
+        Command("prepare wikitext103", "data_prep/wikitext103.sh", "fetch and binarise the language models' text"),
+        Command("prepare checksums", "data_prep/checksums.sh", "note what a stage made, or compare with a note"),
+        Command("prepare gpt2", "data_prep.gpt2", "encode text with GPT-2's byte pairs"),
+    ),
+    "Train": (
+        Command("run", "scripts/run_pair.sh", "raw parallel text to a trained, scored, explained model"),
+        Command("wmt23", "scripts/train_wmt23.sh", "one cell of the paper's Table 3, from the download on"),
+        Command("ranks", "scripts/train_multi.sh", "fairseq-train on several processes"),
+    ),
+    "Translate": (
+        Command("translate", "eval.translate", "raw text in, raw text out, line for line"),
+        Command("serve", "eval.serve", "a local page: a sentence, its translation and its routing"),
+    ),
+    "Evaluate": (
+        Command("score", "eval.score", "BLEU, chrF2++, chrF2, TER with signatures and intervals"),
+        Command("compare", "eval.compare", "paired significance tests of several systems"),
+        Command("comet", "eval/comet.sh", "COMET, in an environment of its own"),
+        Command("oracle", "eval.check_oracle", "does the scorer reproduce published scores?"),
+        Command("table", "eval.table", "scores beside the paper's Table 3"),
+        Command("runs", "eval.run_table", "one table of several runs"),
+        Command("sizes", "eval.method_table", "parameters and FLOPs of every method, counted"),
+    ),
+    "Look inside": (
+        Command("sweep", "eval.sweep", "quality against counted FLOPs: threshold or capacity swept"),
+        Command("analyse", "eval.analyse", "what the router does on a test set, as JSON"),
+        Command("report", "eval.report", "the page of one run, or a comparison of several"),
+    ),
+    "Checkpoints": (
+        Command("checkpoint inspect", "xmoe_fairseq.checkpoints.inspect", "what a file holds and whether it is sound"),
+        Command("checkpoint average", "xmoe_fairseq.checkpoints.average", "average several of one training"),
+        Command(
+            "checkpoint import-official", "xmoe_fairseq.checkpoints.import_official", "convert one of the released code"
+        ),
+        Command(
+            "checkpoint import-dense", "xmoe_fairseq.checkpoints.import_dense", "start from a dense fairseq transformer"
+        ),
+        Command(
+            "checkpoint import-safetensors", "xmoe_fairseq.checkpoints.import_safetensors", "safetensors to fairseq"
+        ),
+        Command(
+            "checkpoint export-safetensors", "xmoe_fairseq.checkpoints.export_safetensors", "fairseq to safetensors"
+        ),
+    ),
+    "Measure": (
+        Command("bench layer", "benchmarks.layer", "one layer's time and memory beside its peers"),
+        Command("bench scaling", "benchmarks.scaling", "time against experts, rows a token and tokens"),
+        Command("bench train", "benchmarks.train", "fairseq-train's words per second"),
+        Command("bench generate", "benchmarks.generate", "translation speed"),
+        Command("bench cost-model", "benchmarks.cost_model", "time and traffic of a training on many ranks, computed"),
+        Command("bench hf-peers", "benchmarks/hf_peers.sh", "beside the sparse blocks of transformers"),
+    ),
+}
+COMMANDS = {command.name: command for commands in GROUPS.values() for command in commands}
+
+
+def help_text(prefix: str = "") -> str:
+    """One line for each command, by group; with ``prefix`` only those whose names begin with that word."""
+    lines = [f"usage: xmoe {prefix or 'COMMAND'} [ARGUMENT...]", ""]
+    for title, commands in GROUPS.items():
+        shown = [command for command in commands if not prefix or command.name.split()[0] == prefix]
+        if shown:
+            lines += [title, *(f"  {command.name:<30}{command.does}" for command in shown), ""]
+    return "\n".join([*lines, "xmoe COMMAND --help tells more; xmoe --version prints the version."])
+
+
+def find(arguments: Sequence[str]) -> tuple[Command, list[str]] | None:
+    """The command that the first one or two words name, and the arguments after them."""
+    for words in (2, 1):
+        command = COMMANDS.get(" ".join(arguments[:words]))
+        if command is not None and len(arguments) >= words:
+            return command, list(arguments[words:])
+    return None
+
+
+def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
+    """The process that runs ``command``. Raises: FileNotFoundError if it needs a checkout and there is none."""
+    is_script = command.target.endswith(".sh")
+    is_packaged = command.target.startswith("xmoe_fairseq.")
+    if not is_packaged and not (CHECKOUT / "scripts" / "lib.sh").is_file():
+        what = command.target if is_script else f"the module {command.target}"
+        raise FileNotFoundError(
+            f"xmoe {command.name} needs {what}, which is part of the project's checkout and not of the installed "
+            "package; clone the repository and run bash scripts/setup.sh there, which installs this command too"
+        )
+    start = ["bash", str(CHECKOUT / command.target)] if is_script else [sys.executable, "-m", command.target]
+    return [*start, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """What a command sees: the checkout's modules, this environment, and none of its libraries' deprecation notes."""
+    found = dict(os.environ)
+    paths = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
+    found["PYTHONPATH"] = os.pathsep.join(paths)
+    found.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning")
+    if (Path(sys.prefix) / ".xmoe-runtime").is_file():  # written by scripts/setup.sh
+        found.setdefault("XMOE_VENV", sys.prefix)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = arguments[0] if arguments else ""
+    families = {name.split()[0] for name in COMMANDS if " " in name}
+    if first in ("", "-h", "--help", "help"):
+        print(help_text(), file=sys.stdout if first else sys.stderr)
+        return 0 if first else 2
+    if first in ("-V", "--version"):
+        print(f"xmoe {__version__}")
+        return 0
+    found = find(arguments)
+    if found is not None:
+        try:
+            line = command_line(*found)
+        except FileNotFoundError as error:
+            print(f"xmoe: error: {error}", file=sys.stderr)
+            return 1
+        os.execvpe(line[0], line, environment())  # replaces this process: exit code and signals are the command's own
+    if first in families and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(help_text(first), file=sys.stdout if len(arguments) > 1 else sys.stderr)
+        return 0 if len(arguments) > 1 else 2
+    name = " ".join(arguments[: 2 if first in families else 1])
+    close = difflib.get_close_matches(name, COMMANDS, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "xmoe --help lists all"
+    print(f"xmoe: error: no command {name!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
