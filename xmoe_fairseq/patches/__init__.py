@@ -6,12 +6,14 @@ spread experts installs.
 
 from __future__ import annotations
 
-import fairseq  # noqa: F401  the door opens first, while no module of this folder is half imported
-
-from . import checkpoint_files, cpu_bfloat16, numpy_names
-
 
 def install() -> None:
     """Install what every command needs; doing it again changes nothing."""
+    from . import checkpoint_files, cpu_bfloat16, numpy_names
+
     for patch in (numpy_names, cpu_bfloat16, checkpoint_files):
         patch.install()
+
+
+# The door calls install() when fairseq is imported: here, before any module of this folder is half imported.
+import fairseq  # noqa: E402, F401
