@@ -122,6 +122,8 @@ if ! [[ -f $venv/.xmoe-package && $(<"$venv/.xmoe-package") == "$(package_stamp)
     step 'install this checkout in place' install_package
     package_stamp >"$venv/.xmoe-package"
 fi
+# Optional, a few seconds: decoding on a CPU is faster with it, everything works without it.
+"$python" "$root/xmoe_fairseq/moe/native/build.py" >/dev/null || log 'continuing without the library for few rows'
 if [[ -n $dev ]] && ! is_done "$venv/.xmoe-dev" "$requirements" "$root/requirements-dev.txt"; then
     step 'install the development requirements' pip_install -r "$root/requirements-dev.txt"
     stamp_text "$requirements" "$root/requirements-dev.txt" >"$venv/.xmoe-dev"

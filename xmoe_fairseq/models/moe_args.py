@@ -99,6 +99,13 @@ SETTINGS: dict[str, Setting] = {
         "expert_parallel",
         "spread the experts over the ranks (docs/scaling.md); one rank holds them all",
     ),
+    "moe_weights": Setting(
+        "float",
+        str,
+        "weights",
+        "how the experts' matrices are held; int8 and bfloat16 are for inference and take float checkpoints too",
+        choices=("float", "int8", "bfloat16"),
+    ),
     "moe_compute": Setting(
         "auto",
         str,

@@ -61,6 +61,8 @@ class MoEConfig:
         dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
         expert_parallel: spread the experts over the ranks of torch.distributed (experts/ranks.py); without several
             ranks it changes nothing.
+        weights: how the experts' matrices are held: float (the model's dtype; the only one that trains), int8 (one
+            scale per output channel) or bfloat16 (quantised/experts.py).
         compute: how experts are computed: auto (measured rules in experts/stacked.py), bmm, grouped, loop or masked.
 
     Raises:
@@ -90,6 +92,7 @@ class MoEConfig:
     hash_seed: int = 1
     dense_dim: int | None = None
     expert_parallel: bool = False
+    weights: str = "float"
     compute: str = "auto"
 
     def __post_init__(self) -> None:
@@ -112,6 +115,7 @@ class MoEConfig:
             _require(0.0 <= value < 1.0, f"moe {name} ({value}) must be in [0, 1)")
         _require_one_of("moe activation", self.activation, ACTIVATIONS)
         _require_one_of("moe_router_noise", self.router_noise, ("none", "gumbel", "gaussian"))
+        _require_one_of("moe_weights", self.weights, ("float", "int8", "bfloat16"))
         _require_one_of("moe_compute", self.compute, ("auto", "bmm", "grouped", "loop", "masked"))
         self._check_router()
 
@@ -178,6 +182,7 @@ class MoEConfig:
             ("router_noise", "none"),  # they have a learned noise of their own
             ("z_loss_weight", 0.0),
             ("shared_expert_dim", 0),
+            ("weights", "float"),
             ("compute", "auto"),
         ):
             value = getattr(self, name)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..config import MoEConfig
 from ..plan import RoutingPlan
+from ..quantised.experts import QUANTISED
 from .layouts import TokenRows
 from .stacked import Experts
 
@@ -35,9 +36,21 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def build_experts(config: MoEConfig) -> Experts:
-    """``ParallelExperts`` where the configuration asks for them and there are several ranks, else ``Experts``."""
-    return ParallelExperts(config) if config.expert_parallel and num_ranks() > 1 else Experts(config)
+def build_experts(config: MoEConfig) -> Any:
+    """Experts as ``config.weights`` says, spread over the ranks where it asks for that and there are several.
+
+    Raises:
+        ValueError: quantised experts on several ranks.
+    """
+    spread = config.expert_parallel and num_ranks() > 1
+    if config.weights == "float":
+        return ParallelExperts(config) if spread else Experts(config)
+    if spread:
+        raise ValueError(
+            f"moe_weights {config.weights} with moe_expert_parallel runs on one rank, not on {num_ranks()}; "
+            "translate with a process for each share of the text instead (eval.translate --processes)"
+        )
+    return QUANTISED[config.weights](config)
 
 
 def local_slice(num_experts: int) -> slice:

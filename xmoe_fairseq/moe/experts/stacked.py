@@ -12,6 +12,8 @@ Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
     masked   all experts on all tokens, weight 0 where not kept: tiny experts or nearly full choice, where gathering a
              row costs more than computing it (dense-as-XMoE at t = 1, experts of size 1).
 
+At inference on a CPU few rows per expert go through kernels of our own (few_rows.py).
+
 In the first three, gather, experts and combine are one autograd function. It keeps the layer's input and one
 pre-activation per kept row and hidden unit, T x D + R x F numbers; gathered inputs and expert outputs are not kept (the
 idea of SonicMoE, arXiv 2512.14080): inputs are gathered again, and the gradient of a routing weight is the inner
@@ -31,6 +33,7 @@ from ..activations import ACTIVATIONS, Activation
 from ..config import MoEConfig
 from ..memory import empty, row_blocks
 from ..plan import RoutingPlan
+from . import few_rows
 from .layouts import LAYOUTS, RowLayout, groupable, has_grouped_kernel
 
 # Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
@@ -67,6 +70,8 @@ class Experts(nn.Module):
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
         dtype = compute_dtype(x_TD)
         x_TD, *weights = (tensor.to(dtype) for tensor in (x_TD, self.w1, self.b1, self.w2, self.b2))
+        if not self.training and few_rows.serves(self.config, plan, x_TD, *weights):
+            return few_rows.expert_sum(x_TD, plan, weights, self.config.activation)
         path = choose_path(self.config, plan, dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             if path == "masked":

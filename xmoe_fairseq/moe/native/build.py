@@ -19,10 +19,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
 # No fused multiply-adds but those asked for: every instruction set must give the same numbers.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 # GCC 12 takes the undefined registers of its own AVX-512 header for uninitialised variables.
-FLAGS += ("-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
-UNITS = {
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]
+UNITS: dict[str, tuple[str, ...]] = {
     "rows.cpp": (),
     "rows_avx2.cpp": ("-mavx2", "-mfma"),
     "rows_avx512.cpp": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
@@ -75,7 +75,7 @@ def _start(command: list[str]) -> subprocess.Popen[str]:
 def _finish(process: subprocess.Popen[str]) -> None:
     output, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{process.args}\n{output[-2000:]}")
+        raise RuntimeError(f"the compiler ended with {process.returncode}:\n{output[-2000:]}")
 
 
 def main() -> int:

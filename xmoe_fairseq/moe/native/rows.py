@@ -1,4 +1,4 @@
-"""Linear maps of few rows by expert, on a CPU: the C++ library where there is one, the same numbers from torch elsewhere.
+"""Linear maps of few rows by expert: the C++ library on a CPU that has it, torch's operators elsewhere.
 
 Axis letters: R input rows; A assignments, sorted by expert; E experts; I, O input and output width; T tokens.
 
@@ -91,9 +91,7 @@ def int8_linear(rows: Int8Rows, weights: Int8Weights, groups: Groups, path: str 
         return _int8_linear_in_torch(rows, weights, groups)
     num_experts, out_width, in_width = weights.w_EOI.shape
     out_AO = torch.empty(groups.size, out_width)
-    call(
-        "int8_linear", path, *rows, groups.row_A, groups.start_E, num_experts, *weights, in_width, out_width, out_AO
-    )
+    call("int8_linear", path, *rows, groups.row_A, groups.start_E, num_experts, *weights, in_width, out_width, out_AO)
     return out_AO
 
 
@@ -142,14 +140,15 @@ def path_for(tensor: Tensor) -> str:
 def _quantise_in_torch(x_RI: Tensor) -> Int8Rows:
     low_R, high_R = x_RI.amin(dim=1).clamp(max=0), x_RI.amax(dim=1).clamp(min=0)
     span_R = high_R - low_R
-    inverse_R = torch.where(span_R >= LEAST_SPAN, 255.0 / span_R, 0.0)
+    steps_R = torch.full_like(span_R, 255.0)  # a plain number would be multiplied with a rounded reciprocal
+    inverse_R = torch.where(span_R >= LEAST_SPAN, steps_R / span_R, 0.0)
     zero_R = ((0.0 - low_R) * inverse_R).round()
     is_number_R = torch.isfinite(x_RI).all(dim=1)
     q_RI = ((x_RI * inverse_R.unsqueeze(1)).round() + (zero_R - 128).unsqueeze(1)).clamp(-128, 127)
     q_RI = q_RI.nan_to_num(0.0).to(torch.int8)
     return Int8Rows(
         q_RI,
-        torch.where(is_number_R, span_R / 255.0, torch.nan),
+        torch.where(is_number_R, span_R / steps_R, torch.nan),
         128 - torch.where(is_number_R, zero_R, 0.0).int(),
         q_RI.sum(dim=1, dtype=torch.int32),
     )
