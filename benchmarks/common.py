@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from xmoe_fairseq.files import write_aside
 from xmoe_fairseq.moe.memory import pool
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -142,10 +143,7 @@ def write_result(name: str, result: dict[str, Any], out: str | None) -> Path:
     """Write ``result`` and the machine as JSON to ``out`` or ``benchmarks/results/DATE-NAME.json``; atomic."""
     record = {"benchmark": name, "machine": machine(), **result}
     path = Path(out) if out else RESULTS / f"{record['machine']['date'][:10]}-{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    write_aside(path, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     return path
 
 

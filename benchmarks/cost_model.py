@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
+from xmoe_fairseq.command_line import command_parser
+
 FLOAT32 = 4
 WEIGHT_BYTES = 4  # the routing weight that travels with a row, and its gradient that returns
 COUNT_BYTES = 8  # one int64 per expert says how many rows follow
@@ -270,20 +272,20 @@ def _row(model: Model, ranks: int, tokens: int, parallel: bool) -> str:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_model", description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=64, help="experts per layer (default: 64)")
+    parser = command_parser("bench cost-model", __doc__.splitlines()[0])
+    parser.flag("--num-experts", old="--experts", default=64, help="experts per layer")
     parser.add_argument("--expert-dim", type=int, default=1024, help="hidden units of one expert (default: 1024)")
     parser.add_argument(
         "--rows-per-token", type=float, default=2.0, help="experts that compute a token, at most gamma (default: 2)"
     )
     parser.add_argument("--embed-dim", type=int, default=512, help="model width (default: 512)")
-    parser.add_argument("--vocabulary", type=int, default=32000, help="joined vocabulary (default: 32000)")
+    parser.flag("--vocab-size", old="--vocabulary", default=32000, help="joined vocabulary")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens per GPU and update (default: 8192)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="numbers of GPUs")
     parsed = parser.parse_args(arguments)
     for ranks in parsed.ranks:
-        if ranks < 1 or parsed.experts % ranks:
-            parser.error(f"--ranks {ranks} does not divide --experts {parsed.experts}; choose numbers that do")
+        if ranks < 1 or parsed.num_experts % ranks:
+            parser.error(f"--ranks {ranks} does not divide --num-experts {parsed.num_experts}; choose numbers that do")
     return parsed
 
 
@@ -291,11 +293,11 @@ def main() -> None:
     given = parse_arguments()
     model = replace(
         Model(),
-        num_experts=given.experts,
+        num_experts=given.num_experts,
         expert_dim=given.expert_dim,
         rows_per_token=given.rows_per_token,
         embed_dim=given.embed_dim,
-        vocabulary=given.vocabulary,
+        vocabulary=given.vocab_size,
     )
     print(report(model, given.ranks, given.tokens))
 

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import table, write_result
+from xmoe_fairseq.command_line import command_parser
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
 _SUMMARY = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
@@ -43,7 +44,7 @@ def generate(path: str, overrides: str, options: argparse.Namespace) -> tuple[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench generate", __doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="NAME=PATH[@OVERRIDES]")
     parser.add_argument("--data", type=Path, required=True, help="binarised data with a test split")
     parser.add_argument("--beam", type=int, default=5)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step
 from benchmarks.peers import DenseFFN
+from xmoe_fairseq.command_line import command_parser
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 from xmoe_fairseq.moe.flops import counted_flops
 
@@ -202,7 +203,7 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench hf-peers", __doc__)
     parser.add_argument("--tokens", type=positive, nargs="+", default=[1024, 4096])
     parser.add_argument("--modes", nargs="+", default=["train", "infer"], choices=["train", "infer"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result
 from benchmarks.peers import DenseFFN, ExpertGemms, LoopOverExperts, PlainBatched, fairscale_moe
+from xmoe_fairseq.command_line import command_parser
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 WIDTH, DENSE = 512, 2048
@@ -154,7 +155,7 @@ def _scale_for(wanted: float, weight_ED: Tensor, x_TD: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench layer", __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument(
         "--modes", nargs="+", default=["train", "infer", "decode"], choices=["train", "infer", "decode"]

@@ -19,6 +19,7 @@ import torch
 from benchmarks.common import interleaved, peak_bytes, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
 from benchmarks.peers import DenseFFN, ExpertGemms
+from xmoe_fairseq.command_line import command_parser
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 SIZES = ((32, 2048), (64, 1024), (128, 512), (256, 256))
@@ -144,7 +145,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench scaling", __doc__)
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--fine-tokens", type=int, default=1024, help="tokens of the sweep over experts of size 1")

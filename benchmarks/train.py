@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import table, write_result
+from xmoe_fairseq.command_line import command_parser
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
 
@@ -98,7 +99,7 @@ def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("bench train", __doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--archs", nargs="+", default=["dense_transformer_wmt23", "xmoe_transformer"])
     parser.add_argument("--updates", type=int, default=8)

@@ -55,8 +55,8 @@ encode() {
     run mkdir -p "$out/encoded"
     for split in train valid test; do
         for language in "${languages[@]}"; do
-            run python -m data_prep.subwords encode --model "$subwords" --language "$language" --threads "$workers" \
-                --input "${!split}.$language" --output "$out/encoded/$split.$language"
+            run python -m data_prep.subwords encode --subwords "$subwords" --language "$language" --workers "$workers" \
+                --input "${!split}.$language" --out "$out/encoded/$split.$language"
         done
     done
     run bash "$root/data_prep/checksums.sh" --out "$out/encoded.tsv" \

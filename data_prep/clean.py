@@ -29,17 +29,9 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from data_prep.textio import (
-    DataError,
-    at_least,
-    language_pair,
-    read_lines,
-    require_file,
-    run_command,
-    sha256_of,
-    split_lines,
-    write_aside,
-)
+from data_prep.textio import DataError, language_pair, read_lines, require_file, split_lines
+from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
+from xmoe_fairseq.files import open_aside, sha256_of
 
 RULES = {
     "encoding": "a side is not valid UTF-8",
@@ -333,7 +325,7 @@ def clean(
     memory, num_kept = Memory(settings, exclude), 0
     outputs = [Path(f"{out}.{settings.source}"), Path(f"{out}.{settings.target}")]
     progress = tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc="clean", disable=None)
-    with source.open("rb") as source_file, target.open("rb") as target_file, write_aside(outputs) as files:
+    with source.open("rb") as source_file, target.open("rb") as target_file, open_aside(outputs) as files:
         chunks = ordered_map(read_chunks(source_file, target_file, (source, target)), settings, workers)
         for chunk in chunks:
             kept = memory.keep(chunk)
@@ -442,34 +434,29 @@ def _add_rule_settings(add: Callable[..., Any]) -> None:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     rules = "\n".join(f"  {rule:<10} {text}" for rule, text in RULES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.clean",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Mend and filter PREFIX.SRC and PREFIX.TGT. Exit: 0 done, 1 failed, 2 bad arguments.",
-        epilog=f"rules, in their order; a pair is dropped if\n{rules}",
+    parser = command_parser(
+        "prepare clean",
+        "Mend and filter PREFIX.SRC and PREFIX.TGT. Exit: 0 done, 1 failed, 2 bad arguments.\n"
+        f"rules, in their order; a pair is dropped if\n{rules}",
     )
-    add = parser.add_argument
-    add("--pair", type=language_pair, required=True, metavar="SRC-TGT", help="for instance uk-en")
-    add("--input", required=True, metavar="PREFIX", help="reads PREFIX.SRC and PREFIX.TGT")
-    add(
-        "--output",
-        required=True,
-        metavar="PREFIX",
-        help="writes PREFIX.SRC, PREFIX.TGT and PREFIX.report.json",
-    )
+    flag, add = parser.flag, parser.add_argument
+    flag("--pair", type=language_pair, required=True)
+    flag("--input", required=True, metavar="PREFIX", help="reads PREFIX.SRC and PREFIX.TGT")
+    written = "writes PREFIX.SRC, PREFIX.TGT and PREFIX.report.json"
+    flag("--out", old="--output", required=True, metavar="PREFIX", help=written)
     _add_rule_settings(add)
-    add("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes (default: all cores)")
+    flag("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     check_together(parser, args)
     return args
 
 
-def check_together(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_together(parser: CommandParser, args: argparse.Namespace) -> None:
     """Refuse settings that contradict each other; look up the scripts of the two languages."""
     if args.min_words > args.max_words:
         parser.error(f"--min-words {args.min_words} must not be above --max-words {args.max_words}")
-    if Path(args.input).resolve() == Path(args.output).resolve():
-        parser.error(f"--output {args.output}: is the input; give another prefix, so that the raw text stays")
+    if Path(args.input).resolve() == Path(args.out).resolve():
+        parser.error(f"--out {args.out}: is the input; give another prefix, so that the raw text stays")
     known = {**SCRIPTS, **dict(args.script)}
     for language in args.pair:
         if language not in known and "script" not in args.skip:
@@ -495,6 +482,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
+@reports_errors("clean")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     settings = settings_of(args)
@@ -502,12 +490,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         language_identifier()  # a missing package shows here, not in a worker
     source, target = (require_file(Path(f"{args.input}.{language}"), "raw text") for language in args.pair)
     exclude = [] if "held_out" in settings.skip else args.exclude
-    report = clean(source, target, Path(args.output), settings, workers=args.workers, exclude=exclude)
-    with write_aside([Path(f"{args.output}.report.json")]) as (file,):
+    report = clean(source, target, Path(args.out), settings, workers=args.workers, exclude=exclude)
+    with open_aside([Path(f"{args.out}.report.json")]) as (file,):
         file.write((json.dumps(report, indent=2) + "\n").encode())
     print_report(report)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "clean"))
+    sys.exit(main())

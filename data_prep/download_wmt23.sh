@@ -126,7 +126,7 @@ get_held_out() {
 next_steps() {
     local cleaned=$out/clean/train
     printf '\n# next: clean the training text, keeping the held-out sets out of it\n'
-    printf 'python -m data_prep.clean --pair %s --input %q --output %q --exclude %q %q --language-id py3langid\n' \
+    printf 'python -m data_prep.clean --pair %s --input %q --out %q --exclude %q %q --language-id py3langid\n' \
         "$pair" "$raw/train" "$cleaned" "$raw/valid" "$raw/test"
 }
 

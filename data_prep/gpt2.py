@@ -1,12 +1,13 @@
 """GPT-2's byte-level subwords as ids, one line a line; fairseq-preprocess needs the dict.txt that belongs to them."""
 
-import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fairseq.data.encoders.gpt2_bpe_utils import get_encoder
+
+from xmoe_fairseq.command_line import command_parser, reports_errors
 
 _encode: Callable[[str], list[int]]
 
@@ -21,16 +22,16 @@ def encode_line(line: str) -> str:
     return " ".join(map(str, _encode(line.rstrip("\n"))))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.gpt2", description=__doc__)
+@reports_errors("gpt2")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = command_parser("prepare gpt2", __doc__)
     parser.add_argument("--files", required=True, metavar="DIR", help="folder of encoder.json and vocab.bpe")
-    parser.add_argument("--input", required=True, metavar="FILE", help="UTF-8 text; the ids go to standard output")
-    parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    args = parser.parse_args()
+    parser.flag("--input", required=True, help="UTF-8 text; the ids go to standard output")
+    parser.flag("--workers", type=int, default=1, help="processes")
+    args = parser.parse_args(argv)
     for path in (Path(args.files, "encoder.json"), Path(args.files, "vocab.bpe"), Path(args.input)):
         if not path.is_file():
-            print(f"gpt2: error: no such file: {path}", file=sys.stderr)
-            return 1
+            raise FileNotFoundError(f"no such file: {path}")
     with (
         open(args.input, encoding="utf-8", newline="\n") as lines,
         multiprocessing.get_context("spawn").Pool(args.workers, _load, (args.files,)) as pool,

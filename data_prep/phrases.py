@@ -27,7 +27,9 @@ from babel.localedata import locale_identifiers
 from num2words import num2words
 from tqdm import tqdm
 
-from data_prep.textio import DataError, at_least, run_command, sha256_of, write_aside
+from data_prep.textio import DataError
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
+from xmoe_fairseq.files import open_aside, sha256_of
 
 SOURCES = ("uk", "de", "ru", "he", "zh")
 PINNED = {"babel": "2.18.0", "num2words": "0.5.14"}
@@ -381,7 +383,7 @@ def is_usable(target: str) -> bool:
 def write_corpus(folder: Path, source_code: str, splits: dict[str, list[Phrase]]) -> list[Path]:
     """Write ``folder/SPLIT.SRC`` and ``folder/SPLIT.en``, all or none."""
     paths = [folder / f"{split}.{language}" for split in splits for language in (source_code, "en")]
-    with write_aside(paths) as files:
+    with open_aside(paths) as files:
         for index, lines in enumerate(splits.values()):
             for side in (0, 1):
                 files[2 * index + side].write("".join(f"{line[side]}\n" for line in lines).encode())
@@ -396,15 +398,16 @@ def source_of(text: str) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.phrases", description=__doc__.split("\n")[0])
-    parser.add_argument("--pair", type=source_of, default="uk-en", metavar="SRC-en", help="(default uk-en)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for {train,valid,test}.{SRC,en}")
-    parser.add_argument("--seed", type=int, default=1, help="another seed, another corpus (default 1)")
+    parser = command_parser("prepare phrases", __doc__.split("\n")[0])
+    parser.flag("--pair", type=source_of, default="uk-en", metavar="SRC-en", help="SRC is uk, de, ru, he or zh")
+    parser.flag("--out", type=Path, required=True, metavar="DIR", help="folder for {train,valid,test}.{SRC,en}")
+    parser.flag("--seed", default=1, help="another seed, another corpus")
     for split, size in (("train", 12_000), ("valid", 500), ("test", 500)):
         parser.add_argument(f"--{split}", type=at_least(1), default=size, metavar="N", help=f"lines (default {size})")
     return parser.parse_args(argv)
 
 
+@reports_errors("phrases")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     for package, pinned in PINNED.items():
@@ -421,4 +424,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "phrases"))
+    sys.exit(main())

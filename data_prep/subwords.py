@@ -30,15 +30,9 @@ import sentencepiece
 from subword_nmt.apply_bpe import BPE
 from subword_nmt.learn_bpe import learn_bpe
 
-from data_prep.textio import (
-    DataError,
-    at_least,
-    language_pair,
-    read_lines,
-    require_file,
-    run_command,
-    write_aside,
-)
+from data_prep.textio import DataError, language_pair, read_lines, require_file
+from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
+from xmoe_fairseq.files import open_aside
 
 SETTINGS = "subwords.json"
 BATCH_LINES = 10_000
@@ -215,7 +209,7 @@ def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path
             results[folder / f"{name}.codes"] = codes
             results[folder / dictionary_name(name)] = dictionary
     results[folder / SETTINGS] = (json.dumps(asdict(settings), indent=2) + "\n").encode()
-    with write_aside(list(results)) as files:
+    with open_aside(list(results)) as files:
         for file, content in zip(files, results.values(), strict=True):
             file.write(content)
     return list(results)
@@ -275,44 +269,42 @@ def transform(code: Callable[[Sequence[str]], list[str]], source: BinaryIO, sink
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.subwords",
-        description=f"{__doc__.splitlines()[0]} Exit: 0 done, 1 failed, 2 bad arguments.",
-    )
+    parser = command_parser("prepare subwords", f"{__doc__.splitlines()[0]} Exit: 0 done, 1 failed, 2 bad arguments.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_learn(commands.add_parser("learn", help="learn a model and its dictionary from the training text"))
     for command, what in (("encode", "raw text to subwords"), ("decode", "subwords to raw text")):
         sub = commands.add_parser(command, help=f"{what}, line by line")
-        sub.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder made by learn")
-        sub.add_argument("--language", metavar="CODE", help="language of the text; joint subwords need none")
-        sub.add_argument("--input", type=Path, help="default: standard input")
-        sub.add_argument("--output", type=Path, help="default: standard output")
-        sub.add_argument("--threads", type=at_least(1), default=1, help="default 1")
-    sub = commands.add_parser("dict", help="write the dictionary for fairseq-preprocess --srcdict and --tgtdict")
-    sub.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder made by learn")
-    sub.add_argument("--language", metavar="CODE", help="joint subwords need none")
-    sub.add_argument("--output", type=Path, help="default: standard output")
+        _add_model(sub)
+        sub.flag("--input", type=Path, help="default: standard input")
+        sub.flag("--workers", old="--threads", type=at_least(1), default=1, help="threads")
+    _add_model(commands.add_parser("dict", help="write the dictionary for fairseq-preprocess --srcdict and --tgtdict"))
     return parser.parse_args(argv)
 
 
-def _add_learn(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: CommandParser) -> None:
+    parser.flag("--subwords", old="--model", type=Path, required=True, metavar="DIR", help="folder made by learn")
+    parser.add_argument("--language", metavar="CODE", help="language of the text; joint subwords need none")
+    parser.flag("--out", old="--output", type=Path, help="default: standard output")
+
+
+def _add_learn(parser: CommandParser) -> None:
     def coverage(text: str) -> float:
         if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text) or not 0.9 <= float(text) <= 1.0:
             raise argparse.ArgumentTypeError(f"must be from 0.9 to 1, got {text!r}")
         return float(text)
 
-    add = parser.add_argument
+    flag, add = parser.flag, parser.add_argument
     files = ("PREFIX.SRC", "PREFIX.TGT")
     input_help = "training text; the names end in the language codes, such as train.uk train.en"
     add("--inputs", type=Path, nargs=2, required=True, metavar=files, help=input_help)
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for model, dictionary and settings")
+    flag("--out", type=Path, required=True, metavar="DIR", help="folder for model, dictionary and settings")
     add(
         "--tool",
         choices=("sentencepiece", "subword-nmt"),
         default="sentencepiece",
         help="default sentencepiece",
     )
-    add("--vocab-size", type=at_least(1), default=32_000, help="of each model (default 32000)")
+    flag("--vocab-size", type=at_least(1), default=32_000, help="of each model")
     add("--separate", action="store_true", help="a model for each language instead of a joint one")
     add(
         "--max-lines",
@@ -360,30 +352,31 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def run_code(args: argparse.Namespace) -> int:
     """encode or decode."""
-    coder = Coder(args.model, args.language, threads=args.threads)
+    coder = Coder(args.subwords, args.language, threads=args.workers)
     code = coder.encode if args.command == "encode" else coder.decode
     with ExitStack() as stack:
         source, name = sys.stdin.buffer, "standard input"
         if args.input is not None:
             source, name = stack.enter_context(require_file(args.input, "input").open("rb")), str(args.input)
         sink = sys.stdout.buffer
-        if args.output is not None:
-            (sink,) = stack.enter_context(write_aside([args.output]))
+        if args.out is not None:
+            (sink,) = stack.enter_context(open_aside([args.out]))
         transform(code, source, sink, name)
     return 0
 
 
 def run_dict(args: argparse.Namespace) -> int:
-    name = load_settings(args.model).name_for(args.language)
-    content = require_file(args.model / dictionary_name(name), "dictionary").read_bytes()
-    if args.output is None:
+    name = load_settings(args.subwords).name_for(args.language)
+    content = require_file(args.subwords / dictionary_name(name), "dictionary").read_bytes()
+    if args.out is None:
         sys.stdout.buffer.write(content)
         return 0
-    with write_aside([args.output]) as (file,):
+    with open_aside([args.out]) as (file,):
         file.write(content)
     return 0
 
 
+@reports_errors("subwords")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.command == "learn":
@@ -394,4 +387,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "subwords"))
+    sys.exit(main())

@@ -1,17 +1,13 @@
-"""What every command of this folder shares: pair names, lines, files that appear whole or not at all."""
+"""What every command of this folder shares: pair names, lines, checks of files."""
 
 import argparse
-import contextlib
-import hashlib
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """A problem with the user's data or files; its text is all the user needs."""
 
 
@@ -23,21 +19,6 @@ def language_pair(text: str) -> tuple[str, str]:
     if source == target:
         raise argparse.ArgumentTypeError(f"wants two different languages, got {text!r}")
     return source, target
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer not below ``minimum``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {value}")
-        return value
-
-    return parse
 
 
 def split_lines(block: bytes) -> list[bytes]:
@@ -61,52 +42,3 @@ def require_file(path: Path, what: str) -> Path:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: empty file ({what}); it must have at least one line")
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def write_aside(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
-    """Open ``path.partial`` for each path; move all to their names only if the block succeeds.
-
-    A failure (a full disk, an interrupt) removes the partial files and leaves older results as they were.
-    """
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with contextlib.ExitStack() as stack:
-            yield [stack.enter_context(partial.open("wb")) for partial in partials]
-        for partial, path in zip(partials, paths, strict=True):
-            partial.replace(path)
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-
-
-def run_command(main: Callable[[], int], name: str) -> int:
-    """Turn the errors a user can cause into one line on stderr and exit code 1."""
-    try:
-        return main()
-    except BrokenPipeError:  # the reader (head, less) went away: not our failure, nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except DataError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"{name}: error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; no result was written", file=sys.stderr)
-        return 130
-    return 1

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.textio import at_least, language_pair, read_lines, run_command
+from data_prep.textio import language_pair, read_lines
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 
 MAX_LISTED = 10
 # Characters at which str.splitlines, and tools built on it, break a line that is one line to fairseq.
@@ -141,16 +142,16 @@ def check_line(
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.validate",
-        description="Check raw parallel text. Exit: 0 valid, 1 problems found, 2 bad arguments.",
+    parser = command_parser(
+        "prepare validate", "Check raw parallel text. Exit: 0 valid, 1 problems found, 2 bad arguments."
     )
-    parser.add_argument("--pair", type=language_pair, required=True, metavar="SRC-TGT", help="for instance uk-en")
+    parser.flag("--pair", type=language_pair, required=True)
     parser.add_argument("--max-chars", type=at_least(1), default=10_000, help="longest line (default 10000)")
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT")
     return parser.parse_args(argv)
 
 
+@reports_errors("validate")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     source, target = args.pair
@@ -172,4 +173,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "validate"))
+    sys.exit(main())

@@ -27,7 +27,7 @@ from eval.routing.loading import Loaded, load, moe_layers
 from eval.run.history import read_history
 from eval.text import files
 from eval.text.translator import load_subwords
-from eval.translate import parse_overrides
+from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 
 SCHEMA = 1
 DEFAULT_CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -38,11 +38,11 @@ def analyse(args: argparse.Namespace) -> dict[str, Any]:
     """Everything the command line asks for. Raises: ValueError or FileNotFoundError for what a user can mend."""
     history = read_history(args.training_log) if args.training_log else None
     loaded = load(
-        args.path,
+        args.checkpoint,
         data=args.data,
         user_dir=args.user_dir,
         overrides=parse_overrides(args.model_overrides),
-        device="cpu" if args.cpu else None,
+        device=args.device,
     )
     corpus = _corpus(args, loaded)
     result = {
@@ -59,7 +59,7 @@ def analyse(args: argparse.Namespace) -> dict[str, Any]:
     search, references = _search(args, loaded, corpus)
     with tqdm(total=_num_points(args, loaded), unit="pass", desc="sweeps") as bar:
         result["sweeps"] = _sweeps(args, loaded, corpus, search, references, bar)
-    result["checkpoints"] = [_checkpoint_point(args, path) for path in args.checkpoints]
+    result["checkpoints"] = [_checkpoint_point(args, path) for path in args.more_checkpoints]
     result["explorer"] = _explorer(args, loaded, corpus, search, references)
     result["problems"] = problems(result)
     return finite(result)
@@ -95,7 +95,7 @@ def _corpus(args: argparse.Namespace, loaded: Loaded) -> corpora.Corpus:
     if not loaded.is_translation:
         raise ValueError("--source is raw text for a translation model; give a language model binarised data")
     bpe = load_subwords(args.subwords, loaded.task.cfg.source_lang, loaded.task.cfg.target_lang)
-    lines = [[bpe.encode(line) for line in files.read_lines(path)] for path in (args.source, args.reference)]
+    lines = [[bpe.encode(line) for line in files.read_lines(path)] for path in (args.source, args.references)]
     return corpora.from_lines(loaded, *lines)
 
 
@@ -105,11 +105,11 @@ def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) ->
         return None, {}
     search = translation.Search(loaded, args.subwords, beam=args.beam, max_tokens=args.max_tokens)
     chosen = {*corpus.evenly(args.translate).tolist(), *corpus.evenly(args.explore).tolist()}
-    if not args.reference:
+    if not args.references:
         return search, search.references(corpus, sorted(chosen))
-    lines = files.read_lines(args.reference)
+    lines = files.read_lines(args.references)
     if max(chosen, default=0) >= len(lines):
-        raise ValueError(f"{args.reference} has {len(lines)} lines, the test set more; line n must be sentence n")
+        raise ValueError(f"{args.references} has {len(lines)} lines, the test set more; line n must be sentence n")
     return search, {index: lines[index] for index in chosen}
 
 
@@ -118,7 +118,8 @@ def _points(args: argparse.Namespace, loaded: Loaded) -> dict[str, list[dict[str
     layers = moe_layers(loaded.model)
     if not layers or any(layer.config.merge_experts for layer in layers.values()):
         return {}  # nothing is ever dropped where experts are merged
-    points = {"capacity": [{"eval_capacity_factor": value} for value in (*args.capacity_factors, None)]}
+    given = [value for value in args.eval_capacity_factors if value is not None]
+    points = {"capacity": [{"eval_capacity_factor": value} for value in (*given, None)]}
     if all(layer.config.router == "threshold" for layer in layers.values()):
         points["threshold"] = [{"threshold": value} for value in args.thresholds]
     return points
@@ -156,7 +157,7 @@ def _translated(search: Any, corpus: Any, indices: np.ndarray, references: Any, 
 
 def _checkpoint_point(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Loss and routing of one more checkpoint: for Fig 5 along a training, for Fig 7 across thresholds."""
-    loaded = load(path, data=args.data, user_dir=args.user_dir, device="cpu" if args.cpu else None)
+    loaded = load(path, data=args.data, user_dir=args.user_dir, device=args.device)
     corpus = _corpus(args, loaded)
     described = describe(loaded)
     kept = {name: described[name] for name in ("path", "num_updates", "router", "threshold", "top_k")}
@@ -216,60 +217,43 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",") if part.strip()]
-
-
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.analyse",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--path", required=True, metavar="CKPT", help="the checkpoint to analyse")
-    add("--data", required=True, metavar="DATABIN", help="folder of fairseq-preprocess")
-    add("--user-dir", metavar="DIR", help="e.g. xmoe_fairseq, which also lets checkpoints be loaded")
-    add("--output", required=True, metavar="FILE", help="the JSON to write")
-    add("--gen-subset", default="test", metavar="NAME", help="binarised set to analyse (default test)")
-    add("--source", metavar="FILE", help="raw text instead, one segment a line; needs --reference and --subwords")
-    add("--reference", metavar="FILE", help="raw references, for BLEU; line n belongs to sentence n")
-    subwords = (
-        "folder of data_prep.subwords, sentencepiece model or subword-nmt codes; without it nothing is translated"
-    )
-    add("--subwords", metavar="PATH", help=subwords)
-    add("--training-log", metavar="FILE", help="log with log_format json: learning curves and Fig 5")
-    more = "more checkpoints, along a training (Fig 5) or of other thresholds (Fig 7)"
-    add("--checkpoints", nargs="+", default=[], metavar="CKPT", help=more)
-    add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
-    _add_sizes(parser.add_argument_group("how much"))
-    add("--cpu", action="store_true", help="do not use a GPU")
+def _parser() -> CommandParser:
+    parser = command_parser("analyse", __doc__)
+    flag, add = parser.flag, parser.add_argument
+    flag("--checkpoint", old="--path", required=True, help="the model to analyse")
+    flag("--data", required=True)
+    flag("--user-dir")
+    flag("--out", old="--output", required=True, help="the JSON to write")
+    flag("--gen-subset", default="test", help="binarised set to analyse")
+    flag("--source", help="raw text instead, one segment a line; needs --references and --subwords")
+    flag("--references", old="--reference", help="raw references, for BLEU; line n belongs to sentence n")
+    flag("--subwords", help="what decodes the translations (see xmoe translate); without it nothing is translated")
+    flag("--training-log", help="log with log_format json: learning curves and Fig 5")
+    more = "further ones, along a training (Fig 5) or of other thresholds (Fig 7)"
+    add("--more-checkpoints", nargs="+", default=[], metavar="FILE", help=more)
+    parser.old_name("--checkpoints", "--more-checkpoints")
+    flag("--model-overrides", default="{}")
+    _add_sizes(parser)
+    parser.device_flag()
     return parser
 
 
-def _add_sizes(group: Any) -> None:
+def _add_sizes(parser: CommandParser) -> None:
     def add(flag: str, default: int, help_text: str) -> None:
-        group.add_argument(flag, type=int, default=default, metavar="N", help=f"{help_text} (default {default})")
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{help_text} (default {default})")
 
-    add("--max-tokens", 4096, "tokens in a batch, padding included")
+    parser.flag("--max-tokens", default=4096)
     add("--sweep-sentences", 1000, "sentences of each point of a sweep")
     add("--translate", 100, "sentences translated at each point of a sweep; 0: none")
     add("--explore", 40, "translated sentences in the explorer; 0: none")
-    add("--beam", 5, "beam of these translations")
-    sweeps = {
-        "--capacity-factors": (DEFAULT_CAPACITIES, "eval capacities to try, beside none"),
-        "--thresholds": (DEFAULT_THRESHOLDS, "thresholds to try"),
-    }
-    for flag, (default, text) in sweeps.items():
-        shown = f"{text} (default {','.join(f'{value:g}' for value in default)})"
-        group.add_argument(flag, type=_numbers, default=list(default), metavar="X,X,...", help=shown)
+    parser.flag("--beam", default=5, help="beam of these translations")
+    parser.numbers_flag("--eval-capacity-factors", old="--capacity-factors", default=list(DEFAULT_CAPACITIES))
+    parser.numbers_flag("--thresholds", default=list(DEFAULT_THRESHOLDS))
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.source and not (args.reference and args.subwords):
-        raise ValueError("--source needs --reference and --subwords: teacher forcing feeds the model both sides")
+    if args.source and not (args.references and args.subwords):
+        raise ValueError("--source needs --references and --subwords: teacher forcing feeds the model both sides")
     for name, least in (
         ("max_tokens", 1),
         ("sweep_sentences", 1),
@@ -279,28 +263,17 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
-    for value in args.capacity_factors:
-        if not value > 0:
-            raise ValueError(f"--capacity-factors: {value} must be > 0; 1 is an even share per expert")
-    for value in args.thresholds:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--thresholds: {value} must be a probability mass in [0, 1]")
-    files.check_writable(args.output)
+    files.check_writable(args.out)
 
 
+@reports_errors("analyse")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    try:
-        _check(args)
-        result = analyse(args)
-        # one line: indented, the matrices would be ten times as long
-        files.write_text(
-            args.output, json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
-        )
-    except (ValueError, OSError) as error:
-        print(f"analyse: error: {error}", file=sys.stderr)
-        return 1
+    _check(args)
+    result = analyse(args)
+    # one line: indented, the matrices would be ten times as long
+    files.write_text(args.out, json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
     for problem in result["problems"]:
         print(f"analyse: look at this: {problem}", file=sys.stderr)
     return 0

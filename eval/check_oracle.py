@@ -9,7 +9,6 @@ the check is skipped.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from eval import score
 from eval.text import files
+from xmoe_fairseq.command_line import command_parser, reports_errors
 
 TOLERANCE = 1e-6
 _METRICS = ("bleu", "chrf")
@@ -30,7 +30,10 @@ def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, fl
     Returns: [("PAIR SYSTEM", {"bleu": |ours - published|, "chrf": ...})], absolute, in points of 0 to 100.
     Raises: FileNotFoundError or ValueError where a file is missing or broken.
     """
-    rows = list(csv.DictReader(files.read_lines(folder / "published.tsv"), delimiter="\t"))
+    table = csv.DictReader(files.read_lines(folder / "published.tsv"), delimiter="\t")
+    rows = list(table)
+    if missing := {"pair", "system", *(f"{name}_published" for name in _METRICS)} - set(table.fieldnames or ()):
+        raise ValueError(f"{folder / 'published.tsv'}: has no column {', '.join(sorted(missing))}")
     differences = []
     for row in tqdm(rows, desc="oracle", unit="system"):
         pair, target = row["pair"], row["pair"].split("-")[1]
@@ -43,25 +46,16 @@ def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, fl
     return differences
 
 
+@reports_errors("check_oracle")
 def main(argv: Sequence[str] | None = None) -> int:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.check_oracle",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--folder", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--references", type=Path, metavar="DIR")
+    parser = command_parser("oracle", __doc__)
+    parser.add_argument("--folder", required=True, type=Path, metavar="DIR", help="published systems of WMT22")
+    parser.flag("--references", type=Path, metavar="DIR", help="their references (default: tests/ two folders up)")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         print(f"check_oracle: skipped: no folder {args.folder}")
         return 0
-    try:
-        differences = check_oracle(args.folder, args.references or args.folder / ".." / ".." / "tests")
-    except (ValueError, OSError, KeyError) as error:
-        print(f"check_oracle: error: {error}", file=sys.stderr)
-        return 1
+    differences = check_oracle(args.folder, args.references or args.folder / ".." / ".." / "tests")
     if not differences:
         print(f"check_oracle: error: {args.folder / 'published.tsv'} lists no system", file=sys.stderr)
         return 1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 set -euo pipefail
 usage() { cat <<'TEXT'
-Usage: bash eval/comet.sh --source FILE --hypotheses FILE --reference FILE --json OUT
+Usage: bash eval/comet.sh --source FILE --hypotheses FILE --references FILE --out FILE
                           [--model NAME|CKPT] [--gpus N] [--batch-size N] [--venv DIR] [--dry-run]
 
 Scores translations with COMET, an optional extra: it lives in a virtual environment of its own (--venv, default
@@ -12,7 +12,7 @@ machine without that hub give --model the path of a downloaded checkpoint (.../c
   --model       hub name or checkpoint file (default Unbabel/wmt22-comet-da)
   --gpus        GPUs to use; 0 for the CPU (default 0)
   --batch-size  sentences a batch (default 16)
-  --json        segment scores; the mean goes to standard output
+  --out         segment scores, as JSON; the mean goes to standard output
   --dry-run     print the lines that would run, and run none
 
 Exit: 0 done, 1 failed, 2 bad arguments.
@@ -22,7 +22,8 @@ log() { printf 'comet: %s\n' "$*" >&2; }
 die() { log "error: $1"; exit "${2:-1}"; }
 
 version=2.2.7
-source='' hypotheses='' reference='' json='' model=Unbabel/wmt22-comet-da gpus=0 batch_size=16 venv=.venv-comet dry=''
+source='' hypotheses='' references='' out='' model=Unbabel/wmt22-comet-da gpus=0 batch_size=16 venv=.venv-comet dry=''
+declare -A renamed
 while (($#)); do
     case $1 in
         -h | --help) usage; exit 0 ;;
@@ -32,8 +33,12 @@ while (($#)); do
     case $1 in
         --source) source=$2 ;;
         --hypotheses) hypotheses=$2 ;;
-        --reference) reference=$2 ;;
-        --json) json=$2 ;;
+        --references) references=$2 ;;
+        --out) out=$2 ;;
+        --reference | --json) # their names of the last release
+            renamed=([--reference]=references [--json]=out)
+            log "warning: $1 is now --${renamed[$1]}; the old name goes in the next release"
+            printf -v "${renamed[$1]}" '%s' "$2" ;;
         --model) model=$2 ;;
         --gpus) gpus=$2 ;;
         --batch-size) batch_size=$2 ;;
@@ -42,7 +47,7 @@ while (($#)); do
     esac
     shift 2
 done
-for name in source hypotheses reference json; do
+for name in source hypotheses references out; do
     [[ -n ${!name} ]] || die "--$name is missing; see --help" 2
 done
 [[ $gpus =~ ^[0-9]+$ ]] || die "--gpus wants a number, got '$gpus'" 2
@@ -56,14 +61,14 @@ run() { # run WHAT-FAILED COMMAND...
 }
 check_parallel() {
     local file lines expected=''
-    for file in "$source" "$hypotheses" "$reference"; do
+    for file in "$source" "$hypotheses" "$references"; do
         [[ -f $file ]] || die "no such file: $file"
         iconv -f UTF-8 -t UTF-8 "$file" >/dev/null 2>&1 || die "$file: invalid UTF-8"
         lines=$(grep -c '' "$file" || true)
         ((lines > 0)) || die "$file: has no lines"
         ((lines == ${expected:=$lines})) || die "line counts differ: $source has $expected, $file has $lines"
     done
-    [[ -d $(dirname "$json") ]] || die "--json: no such folder: $(dirname "$json")"
+    [[ -d $(dirname "$out") ]] || die "--out: no such folder: $(dirname "$out")"
 }
 
 [[ -n $dry ]] || check_parallel
@@ -73,9 +78,9 @@ if [[ ! -x $venv/bin/comet-score ]]; then
     run "cannot install unbabel-comet $version into $venv (is the package index reachable?)" \
         "$venv/bin/pip" install --quiet "unbabel-comet==$version" 'setuptools<81'
 fi
-partial=$json.partial
+partial=$out.partial
 trap 'rm -f "$partial"' EXIT
 run "comet-score failed; if it could not get $model, download that model elsewhere and give --model its model.ckpt" \
-    "$venv/bin/comet-score" -s "$source" -t "$hypotheses" -r "$reference" --model "$model" --gpus "$gpus" \
+    "$venv/bin/comet-score" -s "$source" -t "$hypotheses" -r "$references" --model "$model" --gpus "$gpus" \
     --batch_size "$batch_size" --to_json "$partial" --quiet --only_system
-run "cannot write $json" mv "$partial" "$json"
+run "cannot write $out" mv "$partial" "$out"

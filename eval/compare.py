@@ -20,6 +20,7 @@ from sacrebleu.significance import PairedTest
 from tabulate import tabulate
 
 from eval.text import files, metrics
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 METHODS = {"bootstrap": "bs", "approximate-randomisation": "ar"}
 
@@ -138,24 +139,18 @@ def _parse_systems(items: Sequence[str]) -> list[tuple[str, str]]:
     return systems
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.compare",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--references", required=True, nargs="+", metavar="FILE")
+def _parser() -> CommandParser:
+    parser = command_parser("compare", __doc__)
+    flag, add = parser.flag, parser.add_argument
+    flag("--references", required=True, nargs="+")
     add("--systems", required=True, nargs="+", metavar="NAME=FILE", help="the first is the baseline")
     add("--method", required=True, choices=METHODS)
     add("--metrics", nargs="+", choices=metrics.METRICS, default=["bleu", "chrf++"])
-    add("--target-language", default="en", metavar="CODE", help="chooses BLEU's tokenizer (default en)")
+    flag("--target-lang", old="--target-language", default="en", help="chooses BLEU's tokenizer")
     add("--trials", type=int, default=0, metavar="N", help="default: 1000 (bootstrap), 10000 (randomisation)")
-    add("--seed", type=int, metavar="S", help="positive (default: SACREBLEU_SEED, else 12345)")
-    add("--processes", type=int, default=1, metavar="N", help="systems tested at the same time (default 1)")
-    add("--json", metavar="OUT", help="write all unrounded figures to this file")
+    flag("--seed", help="positive (default: SACREBLEU_SEED, else 12345)")
+    flag("--workers", old="--processes", type=int, default=1, help="systems tested at the same time")
+    flag("--out", old="--json", help="a JSON of all figures, unrounded")
     return parser
 
 
@@ -167,32 +162,29 @@ def _compare_files(args: argparse.Namespace) -> dict[str, Any]:
         systems,
         references,
         method=args.method,
-        target_language=args.target_language,
+        target_language=args.target_lang,
         names=args.metrics,
         trials=args.trials,
         seed=args.seed,
-        processes=args.processes,
+        processes=args.workers,
     )
     for entry, (_, path), (_, lines) in zip(report["systems"], paths, systems, strict=True):
         entry["hypotheses"] = files.describe_file(path, lines)
     return report | {
         "references": [files.describe_file(p, ref) for p, ref in zip(args.references, references, strict=True)],
-        "target_language": args.target_language,
+        "target_language": args.target_lang,
         "sacrebleu_version": sacrebleu.__version__,
     }
 
 
+@reports_errors("compare")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        if args.json:
-            files.check_writable(args.json)
-        report = _compare_files(args)
-        if args.json:
-            files.write_json(args.json, report)
-    except (ValueError, OSError) as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 1
+    if args.out:
+        files.check_writable(args.out)
+    report = _compare_files(args)
+    if args.out:
+        files.write_json(args.out, report)
     for system in report["systems"]:
         if system["same_text_as_baseline"]:
             name = system["name"]

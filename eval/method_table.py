@@ -6,7 +6,6 @@ small ones. FLOPs are forward matrix products, 2 per multiply-add; a training up
 
 from __future__ import annotations
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from tabulate import tabulate
 from torch import nn
 
 import xmoe_fairseq  # noqa: F401  registers the architectures
+from xmoe_fairseq.command_line import at_least, command_parser
 from xmoe_fairseq.models import architectures
 from xmoe_fairseq.models.architectures import ARCHITECTURES, Size
 from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer
@@ -171,20 +171,14 @@ def table(size: str, vocabulary: int, length: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.method_table", description=__doc__)
+    parser = command_parser("sizes", __doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="wmt23", help="default: %(default)s")
-    parser.add_argument(
-        "--vocabulary", type=int, default=32000, help="entries of the joined dictionary (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--length", type=int, default=32, help="tokens of a sentence, for attention and MEO (default: %(default)s)"
-    )
+    joined = "entries of the joined dictionary"
+    parser.flag("--vocab-size", old="--vocabulary", type=at_least(5), default=32000, help=joined)
+    length = "tokens of a sentence, for attention and MEO (default: %(default)s)"
+    parser.add_argument("--length", type=at_least(1), default=32, help=length)
     args = parser.parse_args(argv)
-    for name, least in (("vocabulary", 5), ("length", 1)):
-        if getattr(args, name) < least:
-            print(f"method_table: error: --{name} must be at least {least}", file=sys.stderr)
-            return 2
-    print(table(args.size, args.vocabulary, args.length))
+    print(table(args.size, args.vocab_size, args.length))
     return 0
 
 

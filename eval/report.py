@@ -8,7 +8,6 @@ missing. NAME=FOLDER gives it another name. The page opens offline and asks no n
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ from plotly.offline import get_plotlyjs
 
 from eval.page import TEMPLATES, figures
 from eval.text import files
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 MAX_BYTES = 10_000_000
 _CONFIG_GROUPS = (
@@ -292,14 +292,8 @@ def _benchmarks(path: str | None) -> list[dict[str, Any]]:
     return timed
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> CommandParser:
+    parser = command_parser("report", __doc__)
     add = parser.add_argument
     add(
         "runs",
@@ -307,24 +301,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]RUN",
         help="folder with analysis.json and scores.json, or an analysis JSON",
     )
-    add("--output", required=True, metavar="FILE", help="the HTML page to write")
+    parser.flag("--out", old="--output", required=True, help="the HTML page to write")
     add("--title", metavar="TEXT", help="heading of the page (default: the names of the runs)")
     add("--benchmarks", metavar="JSON", help="result of benchmarks/ with flops and ms a row: wall time against FLOPs")
     return parser
 
 
+@reports_errors("report")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        files.check_writable(args.output)
-        runs = [load_run(text) for text in args.runs]
-        title = args.title or " and ".join(run["name"] for run in runs)
-        page = render(runs, title=title, benchmarks=_benchmarks(args.benchmarks))
-        files.write_text(args.output, page)
-    except (ValueError, OSError) as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 1
-    print(f"report: {args.output}, {len(page.encode()) / 1e6:.1f} MB", file=sys.stderr)
+    files.check_writable(args.out)
+    runs = [load_run(text) for text in args.runs]
+    title = args.title or " and ".join(run["name"] for run in runs)
+    page = render(runs, title=title, benchmarks=_benchmarks(args.benchmarks))
+    files.write_text(args.out, page)
+    print(f"report: {args.out}, {len(page.encode()) / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
 

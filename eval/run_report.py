@@ -17,6 +17,7 @@ from tabulate import tabulate
 from eval.run.training_log import Record, last_figures, read_records
 from eval.score import format_table
 from eval.text import files
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 _LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
@@ -201,24 +202,14 @@ def to_markdown(report: dict[str, Any]) -> str:
     return f"{title}\n\n{summary(report, 5)}\n## Run\n\n{table}\n"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.run_report", description=__doc__)
-    add = parser.add_argument
-    add("--pair", required=True, metavar="SRC-TGT", help="kept in the report")
-    add("--seed", required=True, type=int, metavar="N", help="kept in the report")
+def _parser() -> CommandParser:
+    parser = command_parser("run_report", __doc__, prog="python -m eval.run_report")
+    flag, add = parser.flag, parser.add_argument
+    flag("--pair", required=True, help="kept in the report")
+    flag("--seed", required=True, help="kept in the report")
     add("--config", required=True, metavar="YAML", help="kept in the report")
-    add(
-        "--training-log",
-        required=True,
-        metavar="FILE",
-        help="output of fairseq's training with log_format json",
-    )
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="the model that translated; holds the configuration",
-    )
+    flag("--training-log", required=True)
+    flag("--checkpoint", required=True, help="the model that translated; holds the configuration")
     add(
         "--generation-log",
         required=True,
@@ -226,22 +217,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="fairseq-generate's stderr and stdout",
     )
-    add("--score", required=True, metavar="JSON", help="output of python -m eval.score --json")
-    add("--source", required=True, metavar="FILE", help="source side of the test set, for the samples")
+    add("--score", required=True, metavar="JSON", help="output of xmoe score --out")
+    flag("--source", required=True, help="source side of the test set, for the samples")
     add("--commit-file", required=True, metavar="FILE", help="file that names the commit; may be absent")
-    add("--out", required=True, metavar="DIR", help="folder for scores.json and report.md")
+    flag("--out", required=True, metavar="DIR", help="folder for scores.json and report.md")
     return parser
 
 
+@reports_errors("run_report")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        report = collect(args)
-        files.write_json(Path(args.out) / "scores.json", report)
-        files.write_text(Path(args.out) / "report.md", to_markdown(report))
-    except (ValueError, OSError) as error:
-        print(f"run_report: error: {error}", file=sys.stderr)
-        return 1
+    report = collect(args)
+    files.write_json(Path(args.out) / "scores.json", report)
+    files.write_text(Path(args.out) / "report.md", to_markdown(report))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from eval.text import files
+from xmoe_fairseq.command_line import command_parser, reports_errors
 
 _HEADERS = (
     "run",
@@ -48,15 +48,12 @@ def _cell(value: Any, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+@reports_errors("run_table")
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.run_table", description=__doc__)
+    parser = command_parser("runs", __doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="--out of a run of scripts/run_pair.sh")
     args = parser.parse_args(argv)
-    try:
-        rows = [row(folder) for folder in args.folders]
-    except (ValueError, OSError) as error:
-        print(f"run_table: error: {error}", file=sys.stderr)
-        return 1
+    rows = [row(folder) for folder in args.folders]
     print(tabulate(rows, _HEADERS, tablefmt="github", disable_numparse=True))
     return 0
 

@@ -5,7 +5,6 @@ python -m eval.score --hypotheses FILE --references FILE [FILE ...] --target-lan
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from sacrebleu.metrics.base import Metric
 from tabulate import tabulate
 
 from eval.text import files, metrics
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,13 @@ def _interval(score: dict[str, Any]) -> str:
     return "" if score["ci95"] is None else f"{score['mean']:.2f} ± {score['ci95']:.2f}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.score", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--hypotheses", required=True, metavar="FILE", help="detokenised translations, one segment a line")
-    add("--references", required=True, nargs="+", metavar="FILE", help="one or more reference files, as long")
-    add(
-        "--target-language",
-        required=True,
-        metavar="CODE",
-        help="chooses BLEU's tokenizer: zh, ja-mecab, ko-mecab, else 13a",
-    )
+def _parser() -> CommandParser:
+    parser = command_parser("score", __doc__)
+    flag, add = parser.flag, parser.add_argument
+    flag("--hypotheses", required=True)
+    flag("--references", required=True, nargs="+")
+    tokenizers = "chooses BLEU's tokenizer: zh, ja-mecab, ko-mecab, else 13a"
+    flag("--target-lang", old="--target-language", required=True, help=tokenizers)
     add("--metrics", nargs="+", choices=metrics.METRICS, default=list(metrics.METRICS))
     add(
         "--bootstrap",
@@ -158,31 +154,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="resamples for confidence intervals; 0: none (default 1000)",
     )
-    add("--seed", type=int, metavar="S", help="seed of the resampling (default: SACREBLEU_SEED, else 12345)")
+    flag("--seed", help="seed of the resampling (default: SACREBLEU_SEED, else 12345)")
     add("--test-set", metavar="NAME", help="what the references are, e.g. flores200.devtest; kept in the JSON")
-    add("--json", metavar="OUT", help="write all unrounded figures to this file")
+    flag("--out", old="--json", help="a JSON of all figures, unrounded")
     return parser
 
 
+@reports_errors("score")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        if args.json:
-            files.check_writable(args.json)
-        report = score_files(
-            args.hypotheses,
-            args.references,
-            target_language=args.target_language,
-            names=args.metrics,
-            bootstrap=args.bootstrap,
-            seed=args.seed,
-        )
-        report["test_set"] = args.test_set
-        if args.json:
-            files.write_json(args.json, report)
-    except (ValueError, OSError) as error:
-        print(f"score: error: {error}", file=sys.stderr)
-        return 1
+    if args.out:
+        files.check_writable(args.out)
+    report = score_files(
+        args.hypotheses,
+        args.references,
+        target_language=args.target_lang,
+        names=args.metrics,
+        bootstrap=args.bootstrap,
+        seed=args.seed,
+    )
+    report["test_set"] = args.test_set
+    if args.out:
+        files.write_json(args.out, report)
     print(format_table(report))
     return 0
 

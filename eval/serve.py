@@ -31,7 +31,7 @@ from eval.page import TEMPLATES
 from eval.routing import passes, translation
 from eval.routing.loading import Loaded, moe_layers
 from eval.text.translator import Translator, TranslatorConfig
-from eval.translate import parse_overrides
+from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 from xmoe_fairseq.moe import record_plans
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -295,52 +295,24 @@ class Server(ThreadingHTTPServer):
             self._slots.release()
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.serve",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="the model; of scripts/run_pair.sh: OUT/checkpoints/averaged.pt",
-    )
-    add(
-        "--data",
-        metavar="DATABIN",
-        help="folder of fairseq-preprocess (default: data-bin beside the checkpoint's folder)",
-    )
-    add(
-        "--subwords",
-        metavar="PATH",
-        help="subword folder or model (default: subwords beside the checkpoint's folder)",
-    )
-    add("--source-lang", metavar="CODE", help="default: that of the data")
-    add("--target-lang", metavar="CODE", help="default: that of the data")
-    add("--user-dir", metavar="DIR", default=str(Path(__file__).resolve().parents[1] / "xmoe_fairseq"),
-        help="package with the model (default: xmoe_fairseq)")  # fmt: skip
-    add("--beam", type=int, default=5)
+def _parser() -> CommandParser:
+    parser = command_parser("serve", __doc__)
+    flag, add = parser.flag, parser.add_argument
+    flag("--checkpoint", required=True, help="the model; of xmoe run: OUT/checkpoints/averaged.pt")
+    flag("--data", help="folder of fairseq-preprocess (default: data-bin beside the checkpoint's folder)")
+    flag("--subwords", help="subword folder or model (default: subwords beside the checkpoint's folder)")
+    flag("--source-lang", help="default: that of the data")
+    flag("--target-lang", help="default: that of the data")
+    user_dir = str(Path(__file__).resolve().parents[1] / "xmoe_fairseq")
+    flag("--user-dir", default=user_dir, help="package with the model (default: xmoe_fairseq)")
+    flag("--beam", default=5)
     add("--max-length", type=int, default=200, metavar="N", help="longest sentence in subwords (default 200)")
-    add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; any but the default lets others in (default 127.0.0.1)",
-    )
+    flag("--model-overrides", default="{}")
+    listen = "address to listen on; any but the default lets others in (default 127.0.0.1)"
+    add("--host", default="127.0.0.1", help=listen)
     add("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
-    add(
-        "--requests-per-minute",
-        type=int,
-        default=60,
-        metavar="N",
-        help="of all clients together (default 60)",
-    )
-    add("--cpu", action="store_true", help="do not use a GPU")
+    add("--requests-per-minute", type=int, default=60, metavar="N", help="of all clients together (default 60)")
+    parser.device_flag()
     return parser
 
 
@@ -349,6 +321,8 @@ def build_page(args: argparse.Namespace) -> Page:
     checkpoint = Path(args.checkpoint)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--checkpoint: no such file: {checkpoint}")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port ({args.port}) must be from 0 to 65535")
     if args.requests_per_minute < 1:
         raise ValueError(f"--requests-per-minute ({args.requests_per_minute}) must be at least 1")
     run = checkpoint.resolve().parent.parent
@@ -373,21 +347,18 @@ def build_page(args: argparse.Namespace) -> Page:
         max_length=args.max_length,
         split_long=False,
         model_overrides=parse_overrides(args.model_overrides),
-        device="cpu" if args.cpu else None,
+        device=args.device,
     )
     return Page(Translator(config), requests_per_minute=args.requests_per_minute)
 
 
+@reports_errors("serve")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    try:
-        page = build_page(args)
-        server = Server((args.host, args.port), page)
-    except (ValueError, OSError, OverflowError) as error:
-        print(f"serve: error: {error}", file=sys.stderr)
-        return 1
+    page = build_page(args)
+    server = Server((args.host, args.port), page)
     host, port = server.server_address[:2]
     if not server.is_local:
         print(f"serve: warning: {args.host} is open to other machines; there is no password", file=sys.stderr)

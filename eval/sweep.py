@@ -7,7 +7,6 @@ all of the subset. FLOPs are counted from what was computed, not from the settin
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import logging
 import math
@@ -25,6 +24,8 @@ from eval.routing.corpus import Corpus, binarised
 from eval.routing.loading import Loaded, load, moe_layers
 from eval.routing.passes import evaluate, routing_settings
 from eval.text import files
+from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors
+from xmoe_fairseq.files import write_aside
 from xmoe_fairseq.moe.flops import counted_flops
 
 
@@ -96,7 +97,7 @@ def sweep(
     config = next(iter(layers.values())).config
     if thresholds and config.router != "threshold":
         raise ValueError(
-            f"--threshold has no effect on moe_router {config.router}; a top_k or switch checkpoint also runs with "
+            f"--thresholds has no effect on moe_router {config.router}; a top_k or switch checkpoint also runs with "
             "--model-overrides \"{'moe_router': 'threshold'}\""
         )
     pairs = itertools.product(thresholds or [config.threshold], factors or [config.eval_capacity_factor])
@@ -127,54 +128,46 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes.set_ylabel("perplexity")
     if len(lines) > 1:
         axes.legend()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
+    write_aside(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))
     plt.close(figure)
-    partial.replace(path)
-
-
-def factor_or_none(text: str) -> float | None:
-    """``none``: no capacity."""
-    return None if text.lower() == "none" else float(text)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.sweep",
-        description=__doc__,
-        epilog="Writes OUT.json and OUT.png. Exit: 0 done, 1 failed, 2 bad arguments.",
-    )
-    parser.add_argument("data", help="folder of fairseq-preprocess")
-    parser.add_argument("--path", required=True, help="checkpoint")
-    parser.add_argument("--threshold", type=float, nargs="+", default=[], help="values of moe_threshold, in [0, 1]")
-    parser.add_argument(
-        "--eval-capacity-factor",
-        type=factor_or_none,
-        nargs="+",
-        default=[],
-        help="values of moe_eval_capacity_factor, > 0, or none; with a capacity results depend on the batches",
-    )
-    parser.add_argument("--gen-subset", default="test", help="split to evaluate (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of a batch (default: %(default)s)")
-    parser.add_argument("--model-overrides", default="{}", help="further settings, as of fairseq-generate")
-    parser.add_argument("--user-dir", help="package with routers of your own; xmoe_fairseq is always there")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--out", default="sweep", help="path without ending (default: %(default)s)")
+    told = "\nWrites OUT.json and OUT.png. Exit: 0 done, 1 failed, 2 bad arguments."
+    parser = command_parser("sweep", f"{__doc__}{told}")
+    parser.add_argument("old_data", nargs="?", help=argparse.SUPPRESS)
+    flag = parser.flag
+    flag("--checkpoint", old="--path", required=True)
+    flag("--data")
+    parser.numbers_flag("--thresholds", old="--threshold", default=[])
+    capacities = "values of moe_eval_capacity_factor, > 0, or none; with a capacity results depend on the batches"
+    parser.numbers_flag("--eval-capacity-factors", old="--eval-capacity-factor", default=[], help=capacities)
+    flag("--gen-subset", default="test")
+    flag("--max-tokens", default=4096)
+    flag("--model-overrides", default="{}")
+    flag("--user-dir", help="package with routers of your own; xmoe_fairseq is always there")
+    parser.device_flag()
+    flag("--out", default="sweep", metavar="PATH", help="path without ending")
     args = parser.parse_args(argv)
-    if not args.threshold and not args.eval_capacity_factor:
-        parser.error("give --threshold or --eval-capacity-factor, or both")
+    if args.old_data:
+        parser.warn(f"the folder is now --data {args.old_data}; a bare word goes in the next release")
+    args.data = args.data or args.old_data
+    if not args.data:
+        parser.error("give --data, a folder of fairseq-preprocess")
+    if not args.thresholds and not args.eval_capacity_factors:
+        parser.error("give --thresholds or --eval-capacity-factors, or both")
     return args
 
 
 def run(args: argparse.Namespace) -> list[Point]:
     """Measure every setting and write both files. Raises: ValueError, OSError."""
     files.check_writable(f"{args.out}.json")
-    overrides = ast.literal_eval(args.model_overrides)
-    loaded = load(args.path, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
+    overrides = parse_overrides(args.model_overrides)
+    loaded = load(args.checkpoint, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
     corpus = binarised(loaded, args.gen_subset)
-    points = sweep(loaded, corpus, args.max_tokens, args.threshold, args.eval_capacity_factor)
+    points = sweep(loaded, corpus, args.max_tokens, args.thresholds, args.eval_capacity_factors)
     report = {
-        "checkpoint": str(args.path),
+        "checkpoint": str(args.checkpoint),
         "data": str(args.data),
         "subset": args.gen_subset,
         "sentences": len(corpus.indices),
@@ -188,14 +181,11 @@ def run(args: argparse.Namespace) -> list[Point]:
     return points
 
 
+@reports_errors("sweep")
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
-    try:
-        points = run(args)
-    except (ValueError, OSError, SyntaxError) as error:
-        print(f"sweep: error: {error}", file=sys.stderr)
-        return 1
+    points = run(args)
     shown = ("threshold", "eval_capacity_factor", "moe_flops", "experts_per_token", "nll", "perplexity")
     rows = [[getattr(point, name) for name in shown] for point in points]
     print(tabulate(rows, shown, tablefmt="github", floatfmt=".4g", missingval="none"))

@@ -10,7 +10,6 @@ settings than the paper's stop the table; another test set than the paper's is m
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from tabulate import tabulate
 
 from eval.text import files
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 _METRICS = ("bleu", "chrf++")
 _MISSING = "–"
@@ -162,14 +162,8 @@ def format_table(paper: dict[str, Any], cells: dict[str, dict[str, Cell]], style
     return text.replace("±", "$\\pm$").replace(_MISSING, "--")
 
 
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.table",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> CommandParser:
+    parser = command_parser("table", __doc__)
     add = parser.add_argument
     add(
         "--paper",
@@ -186,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="METHOD PAIR SCORES.json [...]; repeat",
     )
     add("--format", choices=["markdown", "latex"], default="markdown")
-    add("--output", default="-", metavar="FILE", help="default: standard output")
+    parser.flag("--out", old="--output", default="-", help="default: standard output")
     return parser
 
 
@@ -204,14 +198,11 @@ def _read_cells(paper: dict[str, Any], given: Sequence[Sequence[str]]) -> dict[s
     return cells
 
 
+@reports_errors("table")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        paper = load_paper(args.paper)
-        files.write_text(args.output, format_table(paper, _read_cells(paper, args.cell), args.format))
-    except (ValueError, OSError) as error:
-        print(f"table: error: {error}", file=sys.stderr)
-        return 1
+    paper = load_paper(args.paper)
+    files.write_text(args.out, format_table(paper, _read_cells(paper, args.cell), args.format))
     return 0
 
 

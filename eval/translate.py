@@ -12,7 +12,6 @@ file appears when all is done.
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from eval.text import files
 from eval.text.translator import Translation, Translator, TranslatorConfig
+from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 
 __all__ = ["Translation", "Translator", "TranslatorConfig", "translate_lines"]
 
@@ -123,82 +123,39 @@ def _report(lines: Sequence[str], translations: Sequence[Translation]) -> None:
     )
 
 
-def parse_overrides(text: str) -> dict[str, Any]:
-    """Read fairseq's ``--model-overrides``, a Python dictionary. Raises: ValueError if it is none."""
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise ValueError(f"--model-overrides {text!r}: expected a dictionary such as \"{{'moe_threshold': 0.7}}\"")
-    return overrides
-
-
-def _parser() -> argparse.ArgumentParser:
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.translate",
-        description=first,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> CommandParser:
+    parser = command_parser("translate", __doc__)
+    flag, add = parser.flag, parser.add_argument
+    flag(
+        "--checkpoint", old="--path", separator=":", required=True, nargs="+", help="a model; several make an ensemble"
     )
-    add = parser.add_argument
-    add("--path", required=True, metavar="CKPT[:CKPT...]", help="checkpoints; several make an ensemble")
+    flag("--user-dir")
+    flag("--data", required=True, help="folder of fairseq-preprocess (its dictionaries)")
+    flag("--source-lang", required=True)
+    flag("--target-lang", required=True)
+    flag("--subwords", required=True)
+    flag("--input", default="-", help="raw text, one segment a line (default: standard input)")
+    flag("--out", old="--output", default="-", help="the translations (default: standard output)")
+    flag("--beam", default=5)
     add(
-        "--user-dir",
-        default=None,
-        metavar="DIR",
-        help="e.g. xmoe_fairseq, which also lets checkpoints be loaded",
+        "--lenpen", type=float, default=1.0, metavar="X", help="length penalty; above 1 favours longer ones (default 1)"
     )
-    add("--data", required=True, metavar="DATABIN", help="folder of fairseq-preprocess (its dictionaries)")
-    add("--source-lang", required=True, metavar="CODE")
-    add("--target-lang", required=True, metavar="CODE")
-    add(
-        "--subwords",
-        required=True,
-        metavar="FILE",
-        help="folder of data_prep.subwords learn, a sentencepiece model, or subword-nmt codes",
-    )
-    add("--input", default="-", metavar="FILE", help="raw text, one segment a line (default: standard input)")
-    add("--output", default="-", metavar="FILE", help="default: standard output")
-    add("--beam", type=int, default=5)
-    add("--lenpen", type=float, default=1.0)
     add("--max-len-a", type=float, default=0.0, help="longest output: a * source length + b (default 0)")
     add("--max-len-b", type=int, default=200, help="see --max-len-a (default 200)")
-    add("--batch-size", type=int, metavar="N", help="most sentences in a batch")
-    add(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="most source tokens in a batch (default 12000, if no --batch-size)",
-    )
-    add(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="longest source in subwords (default: the model's positions)",
-    )
-    add(
-        "--too-long",
-        choices=["split", "error"],
-        default="split",
-        help="what to do with longer lines (default split)",
-    )
-    add("--model-overrides", default="{}", metavar="DICT", help="e.g. \"{'moe_threshold': 0.7}\"")
-    add(
-        "--processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="each loads the model and takes its share (default 1)",
-    )
-    add("--cpu", action="store_true", help="do not use a GPU")
+    flag("--batch-size")
+    flag("--max-tokens", help="most source tokens in a batch (default 12000, if no --batch-size)")
+    add("--max-length", type=int, metavar="N", help="longest source in subwords (default: the model's positions)")
+    choices = ["split", "error"]
+    add("--too-long", choices=choices, default="split", help="what to do with longer lines (default split)")
+    flag("--model-overrides", default="{}")
+    flag("--workers", old="--processes", type=int, default=1, help="each loads the model and takes its share")
+    parser.device_flag()
     return parser
 
 
 def _config(args: argparse.Namespace) -> TranslatorConfig:
     return TranslatorConfig(
-        paths=args.path.split(":"),
+        paths=args.checkpoint,
         data=args.data,
         source_lang=args.source_lang,
         target_lang=args.target_lang,
@@ -213,23 +170,20 @@ def _config(args: argparse.Namespace) -> TranslatorConfig:
         max_length=args.max_length,
         split_long=args.too_long == "split",
         model_overrides=parse_overrides(args.model_overrides),
-        device="cpu" if args.cpu else None,
+        device=args.device,
     )
 
 
+@reports_errors("translate")
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _quiet_libraries()
-    try:
-        config = _config(args)
-        config.check()
-        files.check_writable(args.output)
-        lines = files.read_lines(args.input)
-        translations = translate_lines(config, lines, processes=args.processes, progress=True)
-        files.write_lines(args.output, [translation.text for translation in translations])
-    except (ValueError, OSError) as error:
-        print(f"translate: error: {error}", file=sys.stderr)
-        return 1
+    config = _config(args)
+    config.check()
+    files.check_writable(args.out)
+    lines = files.read_lines(args.input)
+    translations = translate_lines(config, lines, processes=args.workers, progress=True)
+    files.write_lines(args.out, [translation.text for translation in translations])
     _report(lines, translations)
     return 0
 

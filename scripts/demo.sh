@@ -83,7 +83,7 @@ if [[ -n $compare ]]; then
     read -ra methods <<<"$(list_methods)"
     for name in "${methods[@]}"; do train_and_score "$name" "${budget[@]}"; done
     run python -m eval.run_table "${methods[@]/#/$out/}"
-    run python -m eval.report "${methods[@]/#/$out/}" --title "$pair: all methods" --output "$out/comparison.html"
+    run python -m eval.report "${methods[@]/#/$out/}" --title "$pair: all methods" --out "$out/comparison.html"
 else
     train_and_score "$method" ${budget[@]+"${budget[@]}"}
     run sed '/^## Run$/,$d' "$out/$method/report.md"

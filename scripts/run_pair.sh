@@ -160,8 +160,8 @@ encode() {
     run mkdir -p "$encoded"
     for split in train valid test; do
         for language in "$source_language" "$target_language"; do
-            run python -m data_prep.subwords encode --model "$subwords" --input "${!split}.$language" \
-                --output "$encoded/$split.$language"
+            run python -m data_prep.subwords encode --subwords "$subwords" --input "${!split}.$language" \
+                --out "$encoded/$split.$language"
         done
     done
 }
@@ -197,7 +197,7 @@ train_model() {
 
 average_checkpoints() {
     run python -m xmoe_fairseq.checkpoints.average "--${average%:*}-of" "$checkpoints" --num "${average#*:}" \
-        --output "$averaged"
+        --out "$averaged"
 }
 
 # fairseq-generate takes one of as many parts of the test set as it sees GPUs, hence the world size of 1.
@@ -223,8 +223,8 @@ detokenise() {
         run_to "$hypotheses" in_order "$translations/generate.txt"
         check_line_counts "$hypotheses" "$test.$target_language"
     fi
-    run python -m data_prep.subwords decode --model "$subwords" --input "$hypotheses" \
-        --output "$translations/test.$target_language"
+    run python -m data_prep.subwords decode --subwords "$subwords" --input "$hypotheses" \
+        --out "$translations/test.$target_language"
 }
 
 check_line_counts() { # check_line_counts HYPOTHESES REFERENCES
@@ -236,8 +236,8 @@ check_line_counts() { # check_line_counts HYPOTHESES REFERENCES
 
 score() {
     run python -m eval.score --hypotheses "$translations/test.$target_language" \
-        --references "$test.$target_language" --target-language "$target_language" \
-        --test-set "$test_set" --json "$out/score.json"
+        --references "$test.$target_language" --target-lang "$target_language" \
+        --test-set "$test_set" --out "$out/score.json"
 }
 
 report() {
@@ -248,11 +248,11 @@ report() {
 }
 
 analyse() {
-    run python -m eval.analyse --path "$averaged" --data "$data_bin" --user-dir "$user_dir" \
-        --subwords "$subwords" --reference "$test.$target_language" --training-log "$training_log" \
-        --beam "$beam" --model-overrides "$model_overrides" --output "$out/analysis.json" \
+    run python -m eval.analyse --checkpoint "$averaged" --data "$data_bin" --user-dir "$user_dir" \
+        --subwords "$subwords" --references "$test.$target_language" --training-log "$training_log" \
+        --beam "$beam" --model-overrides "$model_overrides" --out "$out/analysis.json" \
         ${device_flags[@]+"${device_flags[@]}"}
-    run python -m eval.report "$pair=$out" --output "$out/report.html"
+    run python -m eval.report "$pair=$out" --out "$out/report.html"
 }
 
 main() {

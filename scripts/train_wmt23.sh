@@ -114,7 +114,7 @@ set_update_freq() {
 }
 
 clean_text() {
-    run python -m data_prep.clean --pair "$pair" --input "$raw/train" --output "$data/clean/train" \
+    run python -m data_prep.clean --pair "$pair" --input "$raw/train" --out "$data/clean/train" \
         --exclude "$raw/valid" "$raw/test" --language-id "$language_id" --workers "$workers"
 }
 

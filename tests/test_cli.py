@@ -111,3 +111,10 @@ def test_the_package_declares_what_it_imports():
                 name = words[1].split(".")[0]
                 if name and name not in sys.stdlib_module_names and find_spec(name):
                     assert name in declared, f"{path.name}: {line}"
+
+
+def test_the_docs_list_the_commands():
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for command in cli.COMMANDS.values():
+        start = "bash" if command.target.endswith(".sh") else "python -m"
+        assert f"| `xmoe {command.name}` | {command.does} | `{start} {command.target}` |" in text

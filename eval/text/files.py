@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from xmoe_fairseq.files import sha256_of, write_aside
 
 # Line and paragraph separators: many tools break lines at them, so they shift every later line.
 _HIDDEN_BREAKS = {"\u2028": "U+2028", "\u2029": "U+2029"}
@@ -83,7 +82,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def describe_file(path: str | Path, lines: list[str]) -> dict[str, Any]:
     """What a report keeps about an input: path, sha256 of its bytes, number of lines."""
-    return {"path": str(path), "sha256": hashlib.sha256(read_bytes(path)).hexdigest(), "lines": len(lines)}
+    return {"path": str(path), "sha256": sha256_of(path), "lines": len(lines)}
 
 
 def check_writable(path: str | Path) -> None:
@@ -93,20 +92,6 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"cannot write {path}: {folder} is not a writable folder; create it with mkdir -p")
 
 
-@contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)  # mkstemp makes files private
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text at once: an older file stays until the new one is complete. ``-`` is stdout."""
     if str(path) == "-":
@@ -114,8 +99,7 @@ def write_text(path: str | Path, text: str) -> None:
         sys.stdout.flush()
         return
     check_writable(path)
-    with _temporary_beside(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_aside(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:

@@ -58,7 +58,7 @@ def test_remote_copies_by_hand() -> None:
 
 
 def test_ranks_that_do_not_divide_are_refused() -> None:
-    command = [sys.executable, "-m", "benchmarks.cost_model", "--experts", "64", "--ranks", "3"]
+    command = [sys.executable, "-m", "benchmarks.cost_model", "--num-experts", "64", "--ranks", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert "--ranks 3 does not divide --experts 64" in done.stderr
+    assert "--ranks 3 does not divide --num-experts 64" in done.stderr

@@ -87,5 +87,5 @@ def test_a_mixture_is_not_imported_again_and_the_command_writes_a_model(tiny, mo
     with pytest.raises(CheckpointError, match="already a mixture"):
         import_dense(moe_state, DenseImport(4), ALL)
     save_checkpoint(dense_state, tmp_path / "dense.pt")
-    main(["--input", str(tmp_path / "dense.pt"), "--output", str(tmp_path / "moe.pt"), "--num-experts", "4"])
+    main(["--checkpoint", str(tmp_path / "dense.pt"), "--out", str(tmp_path / "moe.pt"), "--num-experts", "4"])
     torch.testing.assert_close(tiny.logits(tmp_path / "moe.pt"), tiny.logits(tmp_path / "dense.pt"))

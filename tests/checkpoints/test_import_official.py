@@ -78,7 +78,7 @@ def test_the_layout_is_read_right():
 
 def test_an_imported_checkpoint_loads_in_fairseq(tiny, released_state, tmp_path):
     save_checkpoint(released_state, tmp_path / "released.pt")
-    main(["--input", str(tmp_path / "released.pt"), "--output", str(tmp_path / "ours.pt")])
+    main(["--checkpoint", str(tmp_path / "released.pt"), "--out", str(tmp_path / "ours.pt")])
     ours = load_checkpoint(tmp_path / "ours.pt")
     settings = ours["cfg"]["model"]
     assert (settings.arch, settings.moe_sides, settings.moe_interval) == ("xmoe_transformer", "encoder", 2)

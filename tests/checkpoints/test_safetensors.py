@@ -14,8 +14,8 @@ from xmoe_fairseq.checkpoints.structure import MissingExpertError
 def test_round_trip_is_bit_equal_and_fairseq_loads_it(tiny, moe_state, tmp_path):
     state = {**moe_state, "model": dict(moe_state["model"])}
     save_checkpoint(state, tmp_path / "before.pt")
-    export_command.main(["--input", str(tmp_path / "before.pt"), "--output", str(tmp_path / "out")])
-    import_command.main(["--input", str(tmp_path / "out"), "--output", str(tmp_path / "after.pt")])
+    export_command.main(["--checkpoint", str(tmp_path / "before.pt"), "--out", str(tmp_path / "out")])
+    import_command.main(["--input", str(tmp_path / "out"), "--out", str(tmp_path / "after.pt")])
     after = load_checkpoint(tmp_path / "after.pt")
     assert after["model"].keys() == state["model"].keys()
     for name, tensor in after["model"].items():

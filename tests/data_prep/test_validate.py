@@ -91,7 +91,7 @@ def test_the_suggested_command_mends_the_text(tmp_path):
         b"a first\na second\na third\n",
     )
     assert module.validate(prefix, "uk", "en").total == 4
-    assert clean.main(["--pair", "uk-en", "--input", prefix, "--output", f"{prefix}.clean", "--workers", "1"]) == 0
+    assert clean.main(["--pair", "uk-en", "--input", prefix, "--out", f"{prefix}.clean", "--workers", "1"]) == 0
     assert module.validate(f"{prefix}.clean", "uk", "en").total == 0
 
 

@@ -134,7 +134,7 @@ def test_report_is_used_by_keyboard_filter_and_theme(browser, report_page):
 
 def test_a_translation_is_made_through_the_page(browser, tiny_model: TinyModel):
     arguments = ["--checkpoint", tiny_model.checkpoint, "--data", tiny_model.data, "--subwords", tiny_model.subwords]
-    args = serve._parser().parse_args([*map(str, arguments), "--cpu", "--beam", "2"])
+    args = serve._parser().parse_args([*map(str, arguments), "--device", "cpu", "--beam", "2"])
     server = serve.Server(("127.0.0.1", 0), serve.build_page(args))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

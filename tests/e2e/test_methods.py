@@ -90,21 +90,30 @@ def test_threshold_and_top_k_run_each_others_checkpoints(pairs, tmp_path):
 def test_dense_as_xmoe_trades_flops_for_quality(arch, pairs, text, tmp_path, capsys):
     data = text if arch.endswith("_lm") else pairs
     checkpoint = stock.train(data, arch, tmp_path)
-    arguments = [str(data), "--path", str(checkpoint), "--device", "cpu", "--out", str(tmp_path / "sweep")]
-    assert sweep.main([*arguments, "--threshold", "0", "0.5", "1"]) == 0
+    arguments = [
+        "--data",
+        str(data),
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "sweep"),
+    ]
+    assert sweep.main([*arguments, "--thresholds", "0", "0.5", "1"]) == 0
     points = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["points"]
     assert [point["experts_per_token"] for point in points][::2] == [1.0, 8.0]
     assert [point["moe_flops"] for point in points][::2] == [0.125, 1.0]
     assert 0.125 < points[1]["moe_flops"] < 1.0
     assert len({point["nll"] for point in points}) == 3
-    assert sweep.main([*arguments, "--eval-capacity-factor", "none", "1"]) == 0
+    assert sweep.main([*arguments, "--eval-capacity-factors", "none", "1"]) == 0
     whole, capped = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["points"]
     assert (whole["nll"], whole["dropped"]) == (points[2]["nll"], 0.0)
     assert capped["moe_flops"] < 0.2
     assert capped["dropped"] > 0.8
     assert (tmp_path / "sweep.png").stat().st_size > 1000
-    assert sweep.main([*arguments, "--model-overrides", "{'moe_router': 'switch'}", "--threshold", "0.5"]) == 1
-    assert "--threshold has no effect on moe_router switch" in capsys.readouterr().err
+    assert sweep.main([*arguments, "--model-overrides", "{'moe_router': 'switch'}", "--thresholds", "0.5"]) == 1
+    assert "--thresholds has no effect on moe_router switch" in capsys.readouterr().err
 
 
 @pytest.mark.e2e

@@ -191,16 +191,25 @@ def test_history_reads_a_training_log(tmp_path):
 @pytest.fixture(scope="module")
 def arguments(tiny_model, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("analysis")
-    line = ["--path", tiny_model.checkpoint, "--data", tiny_model.data, "--user-dir", tiny_model.user_dir, "--cpu"]
-    line += ["--subwords", tiny_model.subwords, "--output", folder / "analysis.json", "--beam", 2]
-    line += ["--capacity-factors", "0.5", "--thresholds", "0,0.9", "--translate", 4, "--explore", 3]
+    line = [
+        "--checkpoint",
+        tiny_model.checkpoint,
+        "--data",
+        tiny_model.data,
+        "--user-dir",
+        tiny_model.user_dir,
+        "--device",
+        "cpu",
+    ]
+    line += ["--subwords", tiny_model.subwords, "--out", folder / "analysis.json", "--beam", 2]
+    line += ["--eval-capacity-factors", "0.5", "--thresholds", "0", "0.9", "--translate", 4, "--explore", 3]
     return [str(item) for item in line]
 
 
 @pytest.fixture(scope="module")
 def analysis(arguments) -> dict:
-    assert analyse.main([*arguments, "--checkpoints", arguments[1]]) == 0
-    with open(arguments[arguments.index("--output") + 1], encoding="utf-8") as file:
+    assert analyse.main([*arguments, "--more-checkpoints", arguments[1]]) == 0
+    with open(arguments[arguments.index("--out") + 1], encoding="utf-8") as file:
         return json.load(file, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -247,9 +256,9 @@ def test_raw_text_gives_the_figures_of_the_binarised_set(analysis, arguments, ti
     more = [
         "--source",
         str(raw),
-        "--reference",
+        "--references",
         str(reference),
-        "--output",
+        "--out",
         str(output),
         "--translate",
         "0",
@@ -265,10 +274,8 @@ def test_raw_text_gives_the_figures_of_the_binarised_set(analysis, arguments, ti
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--thresholds", "0.5,1.5"], "1.5 must be a probability mass"),
-        (["--capacity-factors", "0"], "must be > 0"),
-        (["--path", "absent.pt"], "no such file or folder: absent.pt"),
-        (["--source", "x"], "needs --reference and --subwords"),
+        (["--checkpoint", "absent.pt"], "no such file or folder: absent.pt"),
+        (["--source", "x"], "needs --references and --subwords"),
         (["--explore", "-1"], "--explore (-1) must be at least 0"),
         (["--gen-subset", "absent"], "absent"),
     ],
@@ -276,19 +283,33 @@ def test_raw_text_gives_the_figures_of_the_binarised_set(analysis, arguments, ti
 def test_bad_arguments_are_named(arguments, more, message, capsys, tmp_path):
     output = tmp_path / "none.json"
     line = [part for part in arguments if part not in ("--subwords", arguments[arguments.index("--subwords") + 1])]
-    assert analyse.main([*line, *more, "--output", str(output)]) == 1
+    assert analyse.main([*line, *more, "--out", str(output)]) == 1
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--thresholds", "0.5,1.5"], "1.5 must be a probability mass"),
+        (["--eval-capacity-factors", "0"], "must be > 0"),
+    ],
+)
+def test_values_out_of_range_are_bad_arguments(arguments, more, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        analyse.main([*arguments, *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_nan_or_cut_short_is_refused(arguments, tiny_model, tmp_path, capsys):
     state = torch.load(tiny_model.checkpoint, weights_only=True)
     state["model"]["encoder.layers.0.moe.router.weight"][0, 0] = math.nan
     torch.save(state, tmp_path / "nan.pt")
-    assert analyse.main([*arguments, "--path", str(tmp_path / "nan.pt")]) == 1
+    assert analyse.main([*arguments, "--checkpoint", str(tmp_path / "nan.pt")]) == 1
     assert "hold NaN or infinity" in capsys.readouterr().err
     (tmp_path / "cut.pt").write_bytes(tiny_model.checkpoint.read_bytes()[:5000])
-    assert analyse.main([*arguments, "--path", str(tmp_path / "cut.pt")]) == 1
+    assert analyse.main([*arguments, "--checkpoint", str(tmp_path / "cut.pt")]) == 1
     assert "cut.pt" in capsys.readouterr().err
 
 

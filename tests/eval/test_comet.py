@@ -13,7 +13,7 @@ def run(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_dry_run_prints_lines_and_runs_none(tmp_path):
-    done = run(tmp_path, "--source", "s", "--hypotheses", "h x", "--reference", "r", "--json", "o", "--dry-run")
+    done = run(tmp_path, "--source", "s", "--hypotheses", "h x", "--references", "r", "--out", "o", "--dry-run")
     lines = done.stdout.splitlines()
     assert done.returncode == 0
     assert len(lines) == 4
@@ -34,8 +34,9 @@ def test_bad_input_is_named_before_anything_is_installed(tmp_path, hypotheses, c
     (tmp_path / "s").write_text("a\nb\n")
     if hypotheses is not None:
         (tmp_path / "h").write_bytes(hypotheses)
-    done = run(tmp_path, "--source", "s", "--hypotheses", "h", "--reference", "s", "--json", "o")
+    done = run(tmp_path, "--source", "s", "--hypotheses", "h", "--reference", "s", "--json", "o")  # older names
     assert (done.returncode, message in done.stderr) == (code, True)
+    assert "--json is now --out" in done.stderr
     assert not (tmp_path / ".venv-comet").exists()
 
 

@@ -44,7 +44,7 @@ def texts(tmp_path_factory):
 def compared(texts, *arguments: object, systems=("good", "bad", "same")) -> dict:
     out = texts / "out.json"
     named = [f"{name}={texts / name}" for name in systems]
-    line = ["--references", texts / "ref", "--systems", *named, "--json", out, *arguments]
+    line = ["--references", texts / "ref", "--systems", *named, "--out", out, *arguments]
     assert compare.main([str(item) for item in line]) == 0
     return json.loads(out.read_text())
 
@@ -109,7 +109,7 @@ def test_bad_input_is_named(texts, capsys, systems, arguments, message):
         *named,
         "--method",
         "bootstrap",
-        "--json",
+        "--out",
         out,
         *arguments,
     ]

@@ -64,7 +64,7 @@ def embedded(page: str, name: str) -> list:
 
 def test_a_page_holds_scores_figures_and_sentences_and_asks_no_network(routed, tmp_path):
     run = write_run(tmp_path / "xmoe", routed, SCORES)
-    assert report.main([str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert report.main([str(run), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert len(page.encode()) < report.MAX_BYTES
     assert "31.25 (95% interval 31.20 ± 1.50)" in page
@@ -112,7 +112,7 @@ def test_a_dense_run_and_a_run_with_nan_have_sensible_pages(tmp_path):
     broken["training"]["valid_loss"] = math.nan
     first = write_run(tmp_path / "dense", dense)
     second = write_run(tmp_path / "nan", None, broken)
-    assert report.main([str(first), f"broken={second}", "--output", str(tmp_path / "page.html")]) == 0
+    assert report.main([str(first), f"broken={second}", "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "dense: no mixture-of-experts layer" in page
     assert "broken: the last valid loss is not a number" in page
@@ -151,6 +151,6 @@ def test_a_run_that_cannot_be_read_is_named(content, message, tmp_path, capsys):
     folder.mkdir()
     if content:
         (folder / "analysis.json").write_text(content)
-    assert report.main([str(folder), "--output", str(tmp_path / "page.html")]) == 1
+    assert report.main([str(folder), "--out", str(tmp_path / "page.html")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()

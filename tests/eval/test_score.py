@@ -51,7 +51,7 @@ def sacrebleu_cli(*arguments: str) -> dict:
 
 def scored(tmp_path, *arguments: str) -> dict:
     out = tmp_path / "scores.json"
-    assert score.main([*arguments, "--json", str(out)]) == 0
+    assert score.main([*arguments, "--out", str(out)]) == 0
     return json.loads(out.read_text())
 
 
@@ -60,7 +60,7 @@ def test_score_signature_and_interval_equal_sacrebleu_cli(tmp_path, texts, name)
     hypotheses, *references = texts
     want = sacrebleu_cli(*references, "-i", hypotheses, *CLI_METRICS[name], "--confidence", "--confidence-n", "50")
     found = scored(
-        tmp_path, "--hypotheses", hypotheses, "--references", *references, "--target-language", "en",
+        tmp_path, "--hypotheses", hypotheses, "--references", *references, "--target-lang", "en",
         "--metrics", name, "--bootstrap", "50",
     )["scores"][name]  # fmt: skip
     assert found["score"] == pytest.approx(want["score"], abs=1e-11)
@@ -70,7 +70,7 @@ def test_score_signature_and_interval_equal_sacrebleu_cli(tmp_path, texts, name)
 
 
 def test_signatures_are_those_of_the_paper(tmp_path, texts, capsys):
-    report = scored(tmp_path, "--hypotheses", texts[0], "--references", texts[1], "--target-language", "en")
+    report = scored(tmp_path, "--hypotheses", texts[0], "--references", texts[1], "--target-lang", "en")
     signatures = {name: entry["signature"] for name, entry in report["scores"].items()}
     assert signatures["bleu"] == "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
     assert signatures["chrf++"] == "nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no|version:2.6.0"
@@ -87,7 +87,7 @@ def test_the_seed_decides_the_interval_and_leaves_the_environment_alone(tmp_path
         texts[0],
         "--references",
         texts[1],
-        "--target-language",
+        "--target-lang",
         "en",
         "--metrics",
         "bleu",
@@ -132,10 +132,10 @@ def test_bad_input_stops_before_anything_is_overwritten(tmp_path, capsys, hypoth
         tmp_path / "hyp",
         "--references",
         tmp_path / "ref",
-        "--json",
+        "--out",
         tmp_path / "out.json",
     ]
-    assert score.main([*map(str, line), "--target-language", language]) == 1
+    assert score.main([*map(str, line), "--target-lang", language]) == 1
     assert message in capsys.readouterr().err
     assert (tmp_path / "out.json").read_text() == "older"
 

@@ -12,7 +12,7 @@ from eval import serve
 @pytest.fixture(scope="module")
 def server(tiny_model):
     arguments = ["--checkpoint", tiny_model.checkpoint, "--data", tiny_model.data, "--subwords", tiny_model.subwords]
-    args = serve._parser().parse_args([*map(str, arguments), "--cpu", "--beam", "2"])
+    args = serve._parser().parse_args([*map(str, arguments), "--device", "cpu", "--beam", "2"])
     running = serve.Server(("127.0.0.1", 0), serve.build_page(args))
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()

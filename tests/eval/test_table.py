@@ -72,7 +72,7 @@ def test_an_average_needs_all_five_pairs(tmp_path, capsys):
 
 def test_latex_is_written_at_once(tmp_path):
     cell = ["--cell", "dense", "uk-en", write_scores(tmp_path / "1.json", 30.0, 54.0)]
-    assert table.main([*cell, "--format", "latex", "--output", str(tmp_path / "t.tex")]) == 0
+    assert table.main([*cell, "--format", "latex", "--out", str(tmp_path / "t.tex")]) == 0
     text = (tmp_path / "t.tex").read_text()
     assert "\\toprule" in text
     assert "30.0/54.0" in text
@@ -96,6 +96,6 @@ def test_bad_cells_are_named(tmp_path, capsys, monkeypatch, cell, message):
     write_scores(tmp_path / "mix.json", 30.0, 54.0, test_set="mix.test")
     write_scores(tmp_path / "zh.json", 30.0, 54.0, tokenizer="zh")
     (tmp_path / "none.json").write_text("{}")
-    assert table.main(["--cell", *cell, "--output", "out.md"]) == 1
+    assert table.main(["--cell", *cell, "--out", "out.md"]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.md").exists()

@@ -36,7 +36,7 @@ def translator(config: TranslatorConfig) -> Translator:
 
 
 def arguments(config: TranslatorConfig, *more: object) -> list[str]:
-    line = ["--path", ":".join(config.paths), "--user-dir", config.user_dir, "--data", config.data]
+    line = ["--checkpoint", *config.paths, "--user-dir", config.user_dir, "--data", config.data]
     line += ["--source-lang", config.source_lang, "--target-lang", config.target_lang, "--cpu"]
     line += ["--subwords", config.subwords, "--beam", config.beam, "--max-len-b", config.max_len_b, *more]
     return [str(item) for item in line]
@@ -116,8 +116,8 @@ def test_truncated_output_is_marked(config):
 def test_the_command_with_two_processes_gives_the_same_text(tiny_model, config, translator, tmp_path, capsys):
     lines = [*tiny_model.source, "", tiny_model.source[0]]
     (tmp_path / "in.uk").write_text("\n".join(lines), "utf-8")  # no newline at the end
-    files = ["--input", tmp_path / "in.uk", "--output", tmp_path / "out.en"]
-    assert translate.main(arguments(config, "--processes", 2, *files)) == 0
+    files = ["--input", tmp_path / "in.uk", "--out", tmp_path / "out.en"]
+    assert translate.main(arguments(config, "--workers", 2, *files)) == 0
     expected = [translation.text for translation in translator.translate(lines)]
     assert (tmp_path / "out.en").read_text("utf-8") == "".join(f"{line}\n" for line in expected)
     assert "1 of 22 lines are empty" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def failing(config: TranslatorConfig, tmp_path: Path, raw: bytes, capsys, *more:
     """Standard error of a run that must fail and leave an older output as it was."""
     (tmp_path / "in").write_bytes(raw)
     (tmp_path / "out").write_text("older\n")
-    code = translate.main(arguments(config, "--input", tmp_path / "in", "--output", tmp_path / "out", *more))
+    code = translate.main(arguments(config, "--input", tmp_path / "in", "--out", tmp_path / "out", *more))
     assert code == 1
     assert (tmp_path / "out").read_text() == "older\n"
     assert not list(tmp_path.glob(".out*"))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .command import run_command
+from ..command_line import CommandParser, command_parser, reports_errors
 from .files import CheckpointError, State, load_checkpoint, num_updates, save_checkpoint, without_optimizer
 
 
@@ -145,18 +145,19 @@ def _enough(found: Sequence[Candidate], num: int, folder: Any, kind: str = "") -
     return list(found)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xmoe_fairseq.checkpoints.average",
-        description="Average the weights of checkpoints of one training run into one file for fairseq-generate. The "
+def _parser() -> CommandParser:
+    parser = command_parser(
+        "checkpoint average",
+        "Average the weights of checkpoints of one training run into one file for fairseq-generate. The "
         "optimiser state is left out.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--inputs", nargs="+", metavar="PT", help="these checkpoints; settings come from the last one")
+    source.add_argument("--checkpoints", nargs="+", metavar="FILE", help="these; settings come from the last one")
+    parser.old_name("--inputs", "--checkpoints")
     source.add_argument("--best-of", metavar="DIR", help="the --num best of a folder by the stored validation score")
     source.add_argument("--last-of", metavar="DIR", help="the --num last of a folder by number of updates")
     parser.add_argument("--num", type=int, metavar="N", help="how many, for --best-of and --last-of")
-    parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")
+    parser.flag("--out", old="--output", required=True)
     return parser
 
 
@@ -166,20 +167,21 @@ def _chosen(args: argparse.Namespace) -> Iterable[Candidate]:
     return choose_best(args.best_of, args.num) if args.best_of else choose_last(args.last_of, args.num)
 
 
+@reports_errors("average")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    paths = args.inputs
+    paths = args.checkpoints
     if paths is None:
         chosen = list(_chosen(args))
         for candidate in chosen:
             print(f"{candidate.path}  update {candidate.updates}  score {candidate.score}")
         paths = [candidate.path for candidate in chosen]
     elif args.num is not None:
-        raise CheckpointError("--num goes with --best-of or --last-of; --inputs takes all it is given")
-    save_checkpoint(average_checkpoints(paths), args.output)
-    print(f"{args.output}: the mean of {len(paths)} checkpoints")
+        raise CheckpointError("--num goes with --best-of or --last-of; --checkpoints takes all it is given")
+    save_checkpoint(average_checkpoints(paths), args.out)
+    print(f"{args.out}: the mean of {len(paths)} checkpoints")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from .command import run_command
+from ..command_line import CommandParser, command_parser, reports_errors
 from .files import load_checkpoint
 from .safetensors_format import export_safetensors
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xmoe_fairseq.checkpoints.export_safetensors",
-        description="Write model.safetensors, config.json and README.md (a model card to complete) of a checkpoint. "
+def _parser() -> CommandParser:
+    parser = command_parser(
+        "checkpoint export-safetensors",
+        "Write model.safetensors, config.json and README.md (a model card to complete) of a checkpoint. "
         "The optimiser state and absolute paths in the settings are left out.",
     )
-    parser.add_argument(
-        "--input", required=True, metavar="PT", help="checkpoint of this package or a dense fairseq one"
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.flag("--checkpoint", old="--input", required=True, help="of this package or a dense one of fairseq")
+    parser.flag("--out", old="--output", required=True, metavar="DIR", help="folder to write to")
     return parser
 
 
+@reports_errors("export-safetensors")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    print(export_safetensors(load_checkpoint(args.input), args.output))
+    print(export_safetensors(load_checkpoint(args.checkpoint), args.out))
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

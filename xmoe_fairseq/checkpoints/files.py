@@ -6,18 +6,17 @@ here, so damage is found in the files of stock ``fairseq-train`` without a check
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..files import write_aside
 from ..safe_types import allow_checkpoint_types
 
 State = dict[str, Any]
@@ -120,23 +119,6 @@ def save_checkpoint(state: State, path: str | Path) -> None:
             raise OSError(f"{path} could not be written ({_first_line(error)}); is the disk full?") from error
 
     write_aside(path, write)
-
-
-def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write(partial)`` with a name beside ``path``, bring the bytes to disk, then take the name ``path``.
-
-    On any error the partial file goes and ``path`` keeps what it had.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def num_updates(state: State) -> int:

@@ -23,10 +23,10 @@ import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import Tensor
 
+from ..command_line import CommandParser, command_parser, reports_errors
 from ..models.moe_args import SETTINGS, is_moe_layer, optional
 from ..moe import MoEConfig
 from ..moe.routers.threshold import count_to_reach
-from .command import run_command
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .settings import converted, flat_settings
 from .structure import check_structure, describe_method
@@ -232,22 +232,22 @@ def start_router(w1_FD: Tensor, unit_EF: Tensor, how: DenseImport, generator: to
     return (start_ED * (how.router_scale / rms)).to(w1_FD.dtype)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xmoe_fairseq.checkpoints.import_dense",
-        description="Make a mixture of experts of a dense fairseq transformer. split: experts that together are the "
+def _parser() -> CommandParser:
+    parser = command_parser(
+        "checkpoint import-dense",
+        "Make a mixture of experts of a dense fairseq transformer. split: experts that together are the "
         "FFN, exactly at t = 1. copy: every expert the whole FFN (sparse up-cycling). The optimiser state is dropped: "
         "train on with --finetune-from-model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--input", required=True, metavar="PT", help="dense checkpoint")
-    parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")
-    parser.add_argument("--num-experts", required=True, type=int, metavar="E", help="experts per MoE layer")
+    parser.flag("--checkpoint", old="--input", required=True, help="dense checkpoint")
+    parser.flag("--out", old="--output", required=True)
+    parser.flag("--num-experts", required=True, help="experts per MoE layer")
     parser.add_argument("--mode", choices=("split", "copy"), default="split", help="cut the FFN up, or copy it")
     parser.add_argument("--grouping", choices=GROUPINGS, default="contiguous", help="split: which units form an expert")
     parser.add_argument("--router-start", choices=ROUTER_STARTS, default="zero", help="zero: exactly the dense model")
     parser.add_argument("--router-scale", type=float, default=0.02, help="root mean square of the router's entries")
-    parser.add_argument("--seed", type=int, default=1, help="of random grouping, k-means and a random router")
+    parser.flag("--seed", default=1, help="of random grouping, k-means and a random router")
     parser.add_argument("--router", choices=("threshold", "switch", "top_k"), help="default: threshold; copy: switch")
     parser.add_argument("--threshold", type=float, default=1.0, help="t of the threshold router; 1: all experts")
     parser.add_argument("--top-k", type=int, help="experts a token takes (top_k)")
@@ -258,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors("import-dense")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
@@ -271,10 +272,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "moe_sides": args.sides,
         "moe_interval": args.interval,
     }
-    new = import_dense(load_checkpoint(args.input), how, moe)
-    save_checkpoint(new, args.output)
-    print(f"{args.output}: {describe_method(flat_settings(new))}")
+    new = import_dense(load_checkpoint(args.checkpoint), how, moe)
+    save_checkpoint(new, args.out)
+    print(f"{args.out}: {describe_method(flat_settings(new))}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

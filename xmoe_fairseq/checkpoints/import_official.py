@@ -6,7 +6,6 @@ docs/checkpoints.md lists how its behaviour differs from ours and which differen
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .command import run_command
+from ..command_line import CommandParser, command_parser, reports_errors
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .released import ARCH as RELEASED_ARCH
 from .settings import converted, flat_settings
@@ -142,14 +141,14 @@ def _our_criterion(criterion: dict[str, Any]) -> dict[str, Any]:
     return {**ours, "_name": name, "balance_loss_weight": criterion["moe_loss_coeff"]}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xmoe_fairseq.checkpoints.import_official",
-        description="Convert a checkpoint of the released XMoE code (a fork of fairseq) for fairseq-generate "
+def _parser() -> CommandParser:
+    parser = command_parser(
+        "checkpoint import-official",
+        "Convert a checkpoint of the released XMoE code (a fork of fairseq) for fairseq-generate "
         "--user-dir xmoe_fairseq. The optimiser state is dropped: train on with --finetune-from-model.",
     )
-    parser.add_argument("--input", required=True, metavar="PT", help="checkpoint of the released code")
-    parser.add_argument("--output", required=True, metavar="PT", help="file to write; appears only when complete")
+    parser.flag("--checkpoint", old="--input", required=True, help="checkpoint of the released code")
+    parser.flag("--out", old="--output", required=True)
     parser.add_argument(
         "--as-released",
         action="store_true",
@@ -159,13 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors("import-official")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
-    new = import_official(load_checkpoint(args.input), as_released=args.as_released)
-    save_checkpoint(new, args.output)
+    new = import_official(load_checkpoint(args.checkpoint), as_released=args.as_released)
+    save_checkpoint(new, args.out)
     settings = flat_settings(new)
-    print(f"{args.output}: {describe_method(settings)}")
+    print(f"{args.out}: {describe_method(settings)}")
     if settings["moe_router"] == "threshold" and not args.as_released:
         gamma = settings["moe_capacity_factor"]
         override = {"moe_router": "top_k", "moe_top_k": max(1, round(gamma))}
@@ -176,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .command import run_command
+from ..command_line import CommandParser, command_parser, reports_errors
 from .fallback import latest_good
 from .files import load_checkpoint, num_updates, verify_file
 from .structure import check_structure, count_parameters, describe_method, model_settings, moe_layers
@@ -55,20 +54,21 @@ def _as_text(facts: dict[str, Any]) -> str:
     return "\n".join(f"{name.replace('_', ' '):18} {value}" for name, value in shown.items())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m xmoe_fairseq.checkpoints.inspect",
-        description="Show sizes, method, step and parameters of checkpoints, after checking that the file is whole, "
+def _parser() -> CommandParser:
+    parser = command_parser(
+        "checkpoint inspect",
+        "Show sizes, method, step and parameters of checkpoints, after checking that the file is whole, "
         "runs no code, and holds the tensors its settings ask for. Exit: 0 sound, 1 damaged.",
     )
     parser.add_argument("paths", nargs="*", metavar="PT", help="checkpoints")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of text")
+    parser.flag("--json", help="one JSON object a line instead of text")
     parser.add_argument(
         "--fallback", metavar="DIR", help="instead: print the path of the last good checkpoint of a folder"
     )
     return parser
 
 
+@reports_errors("inspect")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = _parser()
@@ -84,4 +84,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -7,7 +7,6 @@ way back. Absolute paths of the machine that trained are left out of the configu
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import CheckpointError, CorruptCheckpointError, State, num_updates, write_aside
+from ..files import sha256_of, write_aside
+from .files import CheckpointError, CorruptCheckpointError, State, num_updates
 from .model_card import model_card
 from .settings import flat_settings
 from .structure import check_structure, count_parameters, describe_method
@@ -43,7 +43,7 @@ def export_safetensors(state: State, folder: str | Path) -> Path:
         partial.chmod(0o644)  # safetensors makes files that only their owner can read
 
     write_aside(tensor_file, write)
-    config = _config(state, tied, sha256(tensor_file))
+    config = _config(state, tied, sha256_of(tensor_file))
     _write_text(folder / "README.md", model_card(config))
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
@@ -62,7 +62,7 @@ def import_safetensors(folder: str | Path) -> State:
     tensor_file = folder / "model.safetensors"
     if not tensor_file.is_file():
         raise CheckpointError(f"{tensor_file} is missing; an exported model is a folder with it and config.json")
-    if sha256(tensor_file) != config["sha256"]:
+    if sha256_of(tensor_file) != config["sha256"]:
         raise CorruptCheckpointError(f"{tensor_file}: its sha256 is not that of config.json; copy both again")
     try:
         model = load_file(tensor_file)
@@ -73,15 +73,6 @@ def import_safetensors(folder: str | Path) -> State:
     state = _state(config, model)
     check_structure(state, folder)
     return state
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal checksum of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _untied(model: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -27,7 +27,8 @@ from fairseq.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoints.fallback import latest_good
-from ..checkpoints.files import CheckpointError, refusal, verify_file, write_aside
+from ..checkpoints.files import CheckpointError, refusal, verify_file
+from ..files import write_aside
 from .wrap import wrap
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all, and their checksums. Needs the standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def partial_beside(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to: if the block succeeds, its bytes go to disk and it takes the name ``path``.
+
+    On any error (a full disk, an interrupt) the partial file goes and ``path`` keeps what it had.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write(partial)`` and give what it wrote the name ``path``; folders are made (see `partial_beside`)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial_beside(path) as partial:
+        write(partial)
+
+
+@contextlib.contextmanager
+def open_aside(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
+    """Open files to write; all get the names ``paths`` when the block has succeeded, or none (see `partial_beside`)."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as moves:
+        partials = [moves.enter_context(partial_beside(path)) for path in paths]
+        with contextlib.ExitStack() as opened:
+            yield [opened.enter_context(partial.open("wb")) for partial in partials]
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
