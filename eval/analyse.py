@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,19 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "router": config and config.router,
         "num_experts": config and config.num_experts,
         "expert_dim": config and config.expert_dim,
-        "threshold": config.threshold if config and config.router == "threshold" else None,
+        "threshold": _threshold(layers) if config and config.router == "threshold" else None,
         "top_k": config and config.top_k,
         "capacity_factor": config and config.capacity_factor,
         "eval_capacity_factor": config and config.eval_capacity_factor,
         "source_language": getattr(loaded.task.cfg, "source_lang", None),
         "target_language": getattr(loaded.task.cfg, "target_lang", None),
     }
+
+
+def _threshold(layers: Mapping[str, Any]) -> float | list[float]:
+    """One number where all layers have the same, else one for each."""
+    found = [layer.config.threshold for layer in layers.values()]
+    return found[0] if len(set(found)) == 1 else found
 
 
 def _corpus(args: argparse.Namespace, loaded: Loaded) -> corpora.Corpus:

@@ -34,7 +34,8 @@ class Point:
     """One setting and what came of it.
 
     Attributes:
-        threshold, eval_capacity_factor: the setting; None for a factor is no capacity.
+        threshold: None where every layer kept a threshold of its own.
+        eval_capacity_factor: None is no capacity.
         nll: mean negative log probability of a target token, nats.
         perplexity: exp(nll).
         moe_flops: FLOPs of the (token, expert) pairs that were computed, per token, relative to the dense FFN.
@@ -45,7 +46,7 @@ class Point:
         target_tokens: how many were scored.
     """
 
-    threshold: float
+    threshold: float | None
     eval_capacity_factor: float | None
     nll: float
     perplexity: float
@@ -57,14 +58,15 @@ class Point:
 
 
 def measure(
-    loaded: Loaded, corpus: Corpus, max_tokens: int, threshold: float, eval_capacity_factor: float | None
+    loaded: Loaded, corpus: Corpus, max_tokens: int, threshold: float | None, eval_capacity_factor: float | None
 ) -> Point:
-    """Evaluate the whole corpus with one setting in every MoE layer.
+    """Evaluate the whole corpus with one setting in every MoE layer; ``threshold`` None leaves the layers' own.
 
     Raises: ValueError for a value that is not allowed.
     """
     results: list[dict[str, Any]] = []
-    with routing_settings(loaded.model, threshold=threshold, eval_capacity_factor=eval_capacity_factor):
+    changes = {"eval_capacity_factor": eval_capacity_factor} | ({} if threshold is None else {"threshold": threshold})
+    with routing_settings(loaded.model, **changes):
         flops = counted_flops(lambda: results.append(evaluate(loaded, corpus, corpus.indices, max_tokens=max_tokens)))
     figures = results[0]
     return Point(
@@ -100,7 +102,10 @@ def sweep(
             f"--thresholds has no effect on moe_router {config.router}; a top_k or switch checkpoint also runs with "
             "--model-overrides \"{'moe_router': 'threshold'}\""
         )
-    pairs = itertools.product(thresholds or [config.threshold], factors or [config.eval_capacity_factor])
+    own = {layer.config.threshold for layer in layers.values()}
+    pairs = itertools.product(
+        thresholds or [own.pop() if len(own) == 1 else None], factors or [config.eval_capacity_factor]
+    )
     return [measure(loaded, corpus, max_tokens, *pair) for pair in tqdm(list(pairs), unit="setting", desc="sweep")]
 
 

@@ -62,6 +62,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("sizes", "eval.method_table", "parameters and FLOPs of every method, counted"),
     ),
     "Look inside": (
+        Command("calibrate", "eval.calibrate", "threshold and limit of experts for a budget, written into a copy"),
         Command("sweep", "eval.sweep", "quality against counted FLOPs: threshold or capacity swept"),
         Command("analyse", "eval.analyse", "what the router does on a test set, as JSON"),
         Command("report", "eval.report", "the page of one run, or a comparison of several"),

@@ -229,10 +229,10 @@ def threshold_trained(runs: Sequence[Run]) -> Figure:
     points = []
     for run in runs:
         analysis = run["analysis"] or {}
-        if (analysis.get("checkpoint") or {}).get("threshold") is not None:
+        if isinstance((analysis.get("checkpoint") or {}).get("threshold"), float):  # a list: one for each layer
             points.append((analysis["checkpoint"]["threshold"], analysis["quality"]["loss_bits"], run["name"]))
         for point in analysis.get("checkpoints") or []:
-            if point["threshold"] is not None:
+            if isinstance(point["threshold"], float):
                 points.append((point["threshold"], point["loss_bits"], point["path"].rsplit("/", 1)[-1]))
     points = sorted(points, key=lambda point: point[0])
     traces = []

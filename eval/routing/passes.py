@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,12 +38,23 @@ def routing_settings(model: nn.Module, **changes: Any) -> Iterator[None]:
 
     Raises: ValueError as MoEConfig for a value that is not allowed.
     """
+    with layer_settings(model, dict.fromkeys(moe_layers(model), changes)):
+        yield
+
+
+@contextmanager
+def layer_settings(model: nn.Module, changes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Run the block with other settings in single MoE layers: module name -> changed fields of its MoEConfig.
+
+    Raises: ValueError as MoEConfig for a value that is not allowed.
+    """
+    layers = moe_layers(model)
     holders = [
-        [module for module in layer.modules() if getattr(module, "config", None) is layer.config]
-        for layer in moe_layers(model).values()
+        [module for module in layers[name].modules() if getattr(module, "config", None) is layers[name].config]
+        for name in changes
     ]
     before = [modules[0].config for modules in holders]
-    after = [replace(config, **changes) for config in before]
+    after = [replace(config, **change) for config, change in zip(before, changes.values(), strict=True)]
 
     def install(configs: Iterable[Any]) -> None:
         for modules, config in zip(holders, configs, strict=True):

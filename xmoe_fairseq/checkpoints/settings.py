@@ -33,3 +33,15 @@ def converted(state: State, model: dict[str, Any], settings: dict[str, Any], arc
         new["args"] = namespace
     new["extra_state"] = {**(state.get("extra_state") or {}), "imported_from": source}
     return new
+
+
+def with_model_settings(state: State, changes: dict[str, Any]) -> State:
+    """A checkpoint for inference, the same weights with other settings of the model, e.g. ``moe_threshold``.
+
+    Raises: CheckpointError: the checkpoint has no settings to change.
+    """
+    settings = argparse.Namespace(**{**model_settings(state), **changes})
+    new = without_optimizer(state)
+    if state.get("cfg"):
+        return {**new, "cfg": {**state["cfg"], "model": settings}}
+    return {**new, "args": settings}

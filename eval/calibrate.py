@@ -1,0 +1,184 @@
+"""Give a trained XMoE model its price: the threshold and the limit of experts per token to run it with.
+
+python -m eval.calibrate DATA_BIN --path averaged.pt --output calibrated.pt --budget 1.0
+python -m eval.calibrate DATA_BIN --path averaged.pt --output calibrated.pt --max-loss 0.01
+
+--output gets a copy of the checkpoint with the setting inside, so every command uses it without flags. A token takes as
+many experts as it needs, as before, and nothing depends on the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
+from eval.routing.calibration import ALLOWED, Calibration, NothingToCalibrateError, Point
+from eval.routing.corpus import binarised
+from eval.routing.loading import Loaded, load
+from eval.text import files
+from xmoe_fairseq.checkpoints.files import load_checkpoint, save_checkpoint
+from xmoe_fairseq.checkpoints.settings import with_model_settings
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    first, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.calibrate",
+        description=first,
+        epilog=f"{rest}\nExit: 0 done, 1 failed, 2 bad arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", help="folder of fairseq-preprocess")
+    add("--path", required=True, metavar="FILE", help="checkpoint with moe_router threshold")
+    add("--output", required=True, metavar="FILE", help="the calibrated copy, for inference")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--budget", type=float, metavar="X", help="FLOPs of the MoE layers / dense FFN to spend, e.g. 1.0"
+    )
+    goal.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.01,
+        metavar="BITS",
+        help="the cheapest setting that loses at most this much on the validation set (default: %(default)s)",
+    )
+    add("--per-layer", action="store_true", help="a threshold for each MoE layer; takes a few more passes")
+    add("--gen-subset", default="valid", metavar="SPLIT", help="text to choose on (default: %(default)s)")
+    add("--check-subset", metavar="SPLIT", help="another split, on which loss and FLOPs are reported too")
+    add("--max-tokens", type=int, default=4096, metavar="N", help="tokens of a batch (default: %(default)s)")
+    add("--model-overrides", default="{}", metavar="DICT", help="settings to change first; they go into the copy too")
+    add("--user-dir", metavar="DIR", help="package with routers of your own; xmoe_fairseq is always there")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--json", metavar="OUT", help="write everything that was measured to this file")
+    add(
+        "--skip-others",
+        action="store_true",
+        help="a model without a threshold router is no error: nothing is written but the reason, in --json",
+    )
+    return parser.parse_args(argv)
+
+
+def choose(calibration: Calibration, args: argparse.Namespace) -> Point:
+    """The setting that the command line asks for. Raises: ValueError where there is none."""
+    if args.budget is None:
+        point = calibration.cheapest(args.max_loss)
+        if not args.per_layer:
+            return point
+        return calibration.shrink(calibration.refine(point, point.flops), args.max_loss)
+    point = calibration.meet(args.budget)
+    return calibration.refine(point, args.budget) if args.per_layer else point
+
+
+def check(loaded: Loaded, split: str, settings: Sequence[Point], max_tokens: int) -> dict[str, Any]:
+    """Loss and FLOPs of settings on another split, without choosing anything."""
+    calibration = Calibration(loaded, binarised(loaded, split), max_tokens=max_tokens)
+    before, after = (_figures(calibration.measure(point.setting)) for point in settings)
+    return {"subset": split, "before": before, "after": after}
+
+
+def _figures(point: Point) -> dict[str, Any]:
+    figures = asdict(point)
+    del figures["setting"]
+    return {**point.setting.as_settings(), **figures}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose, write the copy, return the report. Raises: ValueError, OSError."""
+    for path in (args.output, args.json):
+        if path is not None:
+            files.check_writable(path)
+    overrides = ast.literal_eval(args.model_overrides)
+    if not isinstance(overrides, dict):
+        raise ValueError(f"--model-overrides {args.model_overrides!r}: expected a dictionary such as {{}}")
+    start = time.perf_counter()
+    loaded = load(args.path, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
+    corpus = binarised(loaded, args.gen_subset)
+    calibration = Calibration(loaded, corpus, max_tokens=args.max_tokens)
+    chosen = choose(calibration, args)
+    report: dict[str, Any] = {
+        "checkpoint": str(args.path),
+        "output": str(args.output),
+        "goal": {"budget": args.budget} if args.budget is not None else {"max_loss": args.max_loss},
+        "per_layer": args.per_layer,
+        "subset": args.gen_subset,
+        "sentences": len(corpus.indices),
+        "model_overrides": overrides,
+        "before": _figures(calibration.before),
+        "after": _figures(chosen),
+        "budget_met": args.budget is None or abs(chosen.flops / args.budget - 1) <= ALLOWED,
+        "measured": [_figures(point) for point in calibration.points],
+    }
+    if args.check_subset is not None:
+        report["check"] = check(loaded, args.check_subset, (calibration.before, chosen), args.max_tokens)
+    report["seconds"] = time.perf_counter() - start
+    state = with_model_settings(load_checkpoint(args.path), {**overrides, **chosen.setting.as_settings()})
+    extra = {**(state.get("extra_state") or {}), "calibrated": {**report["goal"], **chosen.setting.as_settings()}}
+    save_checkpoint({**state, "extra_state": extra}, args.output)
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """Before and after, with the experts of each layer."""
+    shown = {report["subset"]: report, **({report["check"]["subset"]: report["check"]} if "check" in report else {})}
+    rows = []
+    for subset, part in shown.items():
+        for when in ("before", "after"):
+            figures = part[when]
+            threshold = figures["moe_threshold"]
+            text = f"{threshold:.4f}" if isinstance(threshold, float) else ", ".join(f"{t:.4f}" for t in threshold)
+            limit = "none" if figures["moe_max_experts"] is None else figures["moe_max_experts"]
+            row = [subset, when, text, limit, f"{figures['loss_bits']:.4f}", f"{figures['flops']:.3f}"]
+            rows.append([*row, ", ".join(f"{n:.2f}" for n in figures["layers"].values())])
+    headers = [
+        "text",
+        "",
+        "threshold",
+        "most experts",
+        "loss (bits)",
+        "MoE FLOPs / dense",
+        "experts per token, by layer",
+    ]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = arguments(argv)
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
+    try:
+        report = run(args)
+        if args.json:
+            files.write_json(args.json, report)
+    except NothingToCalibrateError as error:
+        if not args.skip_others:
+            print(f"calibrate: error: {error}", file=sys.stderr)
+            return 1
+        print(f"calibrate: nothing to do: {error}", file=sys.stderr)
+        if args.json:
+            files.write_json(args.json, {"checkpoint": str(args.path), "after": None, "reason": str(error)})
+        return 0
+    except (ValueError, OSError, SyntaxError) as error:
+        print(f"calibrate: error: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    if not report["budget_met"]:
+        print(
+            f"calibrate: the budget of {args.budget:g} cannot be met closely: this model costs "
+            f"{report['after']['flops']:.3f} at the nearest setting",
+            file=sys.stderr,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
