@@ -146,7 +146,7 @@ class Calibration:
         return best
 
     def refine(self, point: Point, budget: float, rounds: int = 4) -> Point:
-        """Thresholds of their own for the layers: experts go where they lower the loss most, for the same ``budget``."""
+        """Thresholds of their own for the layers: experts move to where they help most, at the same ``budget``."""
         if len(self.layers) < 2:
             return point
         start = point
