@@ -18,21 +18,10 @@ TEXT
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 
-pair='' train='' valid='' test='' subwords='' out='' workers=$(nproc)
-while (($#)); do
-    case $1 in
-        -h | --help) usage && exit 0 ;;
-        --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    case $1 in
-        --pair | --train | --valid | --test | --subwords | --out | --workers)
-            need_value "$1" $#
-            printf -v "${1#--}" '%s' "$2"
-            ;;
-        *) die "unknown argument '$1'; see --help" 2 ;;
-    esac
-    shift 2
-done
+pair='' train='' valid='' test='' subwords='' out='' workers=$(num_cores)
+flags=(pair train valid test subwords out workers)
+switches=(dry-run)
+read_flags "$@"
 need_pair "$pair"
 for name in train valid test subwords out; do [[ -n ${!name} ]] || die "--$name is needed; see --help" 2; done
 need_whole_number --workers "$workers" 1
@@ -63,7 +52,8 @@ encode() {
         "$out"/encoded/{train,valid,test}."${languages[0]}" "$out"/encoded/{train,valid,test}."${languages[1]}"
 }
 
-# fairseq-preprocess writes in place: an interruption must not leave a half-written file under its final name.
+# fairseq-preprocess writes in place: an interruption must not leave a half-written file under its final name. It takes
+# a comma in --trainpref for a list, so it works in the folder of the encoded text.
 binarise() {
     local part=$out/binary.partial dictionaries
     if [[ -f $subwords/dict.txt ]]; then
@@ -72,8 +62,8 @@ binarise() {
         dictionaries=(--srcdict "$subwords/dict.${languages[0]}.txt" --tgtdict "$subwords/dict.${languages[1]}.txt")
     fi
     run rm -rf "$part"
-    run fairseq-preprocess --source-lang "${languages[0]}" --target-lang "${languages[1]}" \
-        --trainpref "$out/encoded/train" --validpref "$out/encoded/valid" --testpref "$out/encoded/test" \
+    run env -C "$out/encoded" fairseq-preprocess --source-lang "${languages[0]}" --target-lang "${languages[1]}" \
+        --trainpref train --validpref valid --testpref test \
         "${dictionaries[@]}" --destdir "$part" --workers "$workers"
     # the last file that fairseq-preprocess writes: without it, it failed however it exited
     [[ -n $dry_run || -s $part/test.$pair.${languages[1]}.idx ]] || die "fairseq-preprocess left no complete data in $part"

@@ -32,20 +32,9 @@ TEXT
 
 mtdata_version=0.5.1
 pair='' recipes=https://www.statmt.org/wmt23/mtdata/mtdata.recipes.wmt23-constrained.yml out='' jobs=4
-while (($#)); do
-    case $1 in
-        -h | --help) usage && exit 0 ;;
-        --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    case $1 in
-        --pair | --recipes | --out | --jobs)
-            need_value "$1" $#
-            printf -v "${1#--}" '%s' "$2"
-            ;;
-        *) die "unknown argument '$1'; see --help" 2 ;;
-    esac
-    shift 2
-done
+flags=(pair recipes out jobs)
+switches=(dry-run)
+read_flags "$@"
 need_whole_number --jobs "$jobs" 1
 flores=Flores-flores200
 case $pair in # mtdata wants codes of three letters, and its FLORES ids name English first where that sorts first
@@ -137,8 +126,8 @@ trap report_failed_stage EXIT
 export MTDATA_RECIPES=$recipe_folder
 [[ -n $dry_run ]] || mkdir -p "$out"
 if [[ -n $dry_run ]]; then printf 'cd %q\nexport MTDATA_RECIPES=%q\n' "$root" "$recipe_folder"; fi
-stage environment make_environment "mtdata $mtdata_version in $venv"
-stage recipes fetch_recipes "$recipes"
-stage held_out get_held_out "$valid $test"
-stage train get_train "$pair"
+stage environment make_environment "mtdata=$mtdata_version" "venv=$venv"
+stage recipes fetch_recipes "recipes=$recipes"
+stage held_out get_held_out "valid=$valid" "test=$test"
+stage train get_train "pair=$pair"
 next_steps

@@ -28,20 +28,10 @@ TEXT
 # The address in the papers is dead; this one is kept by an author of WikiText.
 archive=https://wikitext.smerity.com/wikitext-103-raw-v1.zip
 gpt2_address=https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe
-out='' train='' valid='' test='' subwords='' gpt2_files='' merges=8000 workers=$(nproc)
-while (($#)); do
-    case $1 in
-        -h | --help) usage && exit 0 ;;
-        --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    need_value "$1" $#
-    case $1 in
-        --out | --train | --valid | --test | --subwords | --merges | --workers) printf -v "${1#--}" '%s' "$2" ;;
-        --gpt2-files) gpt2_files=$2 ;;
-        *) die "unknown argument $1; see --help" 2 ;;
-    esac
-    shift 2
-done
+out='' train='' valid='' test='' subwords='' gpt2_files='' merges=8000 workers=$(num_cores)
+flags=(out train valid test subwords gpt2-files merges workers)
+switches=(dry-run)
+read_flags "$@"
 [[ -n $out ]] || die '--out is missing; see --help' 2
 need_whole_number --merges "$merges" 1
 need_whole_number --workers "$workers" 1

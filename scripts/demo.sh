@@ -32,24 +32,9 @@ list_methods() {
 }
 
 pair=uk-en method='' compare='' max_update='' seed=1 out='' device=auto
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --compare) compare=yes && shift && continue ;;
-    --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    need_value "$1" $#
-    case $1 in
-    --pair) pair=$2 ;;
-    --method) method=$2 ;;
-    --max-update) max_update=$2 ;;
-    --seed) seed=$2 ;;
-    --out) out=$2 ;;
-    --device) device=$2 ;;
-    *) die "unknown argument $1; see --help" 2 ;;
-    esac
-    shift 2
-done
+flags=(pair method max-update seed out device)
+switches=(dry-run compare)
+read_flags "$@"
 
 need_pair "$pair"
 [[ " uk-en de-en ru-en he-en zh-en " == *" $pair "* ]] ||

@@ -5,6 +5,7 @@
 #   stages   array of the stages' names in their order
 #   results  array of files that tell of the whole run
 #   results_stage  the first stage that writes one of them
+#   settled  array of stages that refuse other settings, and a function refuse_change STAGE DIFFERENCES
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0" .sh)
@@ -29,6 +30,69 @@ need_value() { # need_value FLAG REMAINING_ARGUMENTS
     (($2 > 1)) || die "$1 needs a value; see --help" 2
 }
 
+# The one loop over a script's arguments. The script lists its flags, each NAME, NAME:VARIABLE or NAME:ARRAY[]:
+#   flags     those with a value; VARIABLE is NAME with _ for - unless given, an ARRAY[] collects repeated ones
+#   switches  those without one; VARIABLE becomes yes
+# --NAME=VALUE is read as --NAME VALUE; -h and --help print usage. What follows -- goes to the array `rest`; so do
+# words that are no flag if keep_unknown=yes, else they are errors.
+flags=() switches=() rest=() keep_unknown=''
+read_flags() { # read_flags ARGUMENT...
+    local word variable
+    while (($#)); do
+        case $1 in
+        -h | --help) usage && exit 0 ;;
+        --)
+            shift
+            rest+=("$@")
+            return
+            ;;
+        esac
+        word=$1
+        if variable=$(flag_variable "${word#--}" ${switches[@]+"${switches[@]}"}); then
+            printf -v "$variable" yes
+            shift
+            continue
+        fi
+        if [[ $word == --*=* ]] && flag_variable "$(flag_name "$word")" ${flags[@]+"${flags[@]}"} >/dev/null; then
+            set -- "${word%%=*}" "${word#*=}" "${@:2}"
+            word=$1
+        fi
+        if ! [[ $word == --* ]] || ! variable=$(flag_variable "${word#--}" ${flags[@]+"${flags[@]}"}); then
+            [[ -n $keep_unknown ]] || die "unknown argument $word; see --help" 2
+            rest+=("$word")
+            shift
+            continue
+        fi
+        need_value "$word" $#
+        case $variable in
+        *'[]')
+            variable=${variable%'[]'}
+            eval "$variable+=(\"\$2\")"
+            ;;
+        *) printf -v "$variable" '%s' "$2" ;;
+        esac
+        shift 2
+    done
+}
+
+flag_name() { # flag_name --NAME=VALUE
+    local name=${1#--}
+    printf '%s\n' "${name%%=*}"
+}
+
+flag_variable() { # flag_variable NAME ENTRY...: the variable of the entry NAME; fails if there is none
+    local name=$1 entry variable
+    shift
+    for entry; do
+        [[ ${entry%%:*} == "$name" ]] || continue
+        variable=${entry#*:}
+        [[ $entry == *:* ]] || variable=${name//-/_}
+        printf '%s\n' "$variable"
+        return
+    done
+    return 1
+}
+
 need_whole_number() { # need_whole_number FLAG VALUE LEAST
     if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then
         die "$1 wants a whole number of at least $3, got '$2'" 2
@@ -39,6 +103,8 @@ need_pair() { # need_pair VALUE
     [[ $1 =~ ^[a-z]{2,3}-[a-z]{2,3}$ ]] || die "--pair wants two language codes such as uk-en, got '$1'" 2
     [[ ${1%-*} != "${1#*-}" ]] || die "--pair wants two different languages, got '$1'" 2
 }
+
+num_cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; } # nproc alone obeys these two
 
 absolute() { # absolute PATH: the path from the root of the file system; it need not exist
     case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s/%s\n' "$PWD" "$1" ;; esac
@@ -94,12 +160,62 @@ run_to_with_bar() { # run_to_with_bar FILE LOG NUM_LINES COMMAND...
     fi
 }
 
+# A file is hashed once: if its size, inode, device and times of change are those of a line in $out/.stages/checksums,
+# the sha256 of that line is taken. The time of the inode's change cannot be set back, so a restored or rewritten file is
+# read again; one that changed in the last two seconds is not noted, since the clock may not tell a next change.
+file_state() { stat -L -c '%s %i %d %.9Y %.9Z' -- "$1" 2>/dev/null; } # empty where stat is not GNU's: no cache
+
+checksum() { # checksum FILE
+    local file=$1 cache=$out/.stages/checksums state sum changed
+    [[ -f $file ]] || die "no such file: $file"
+    state=$(file_state "$file") || state=''
+    if [[ -n $state && -f $cache ]] && sum=$(LC_ALL=C grep -F -m 1 -- "$state"$'\t' "$cache"); then
+        printf '%s\n' "${sum#*$'\t'}"
+        return
+    fi
+    sum=$(sha256sum <"$file")
+    sum=${sum%% *}
+    changed=${state##* } changed=${changed%%.*}
+    if [[ -n $state && $(file_state "$file") == "$state" ]] && (($(date +%s) - changed > 2)) && [[ -d ${cache%/*} ]]; then
+        printf '%s\t%s\n' "$state" "$sum" >>"$cache"
+    fi
+    printf '%s\n' "$sum"
+}
+
 checksums() { # checksums FILE...: one sha256 a line, without the paths, so that a moved run is still known
     local file
-    for file; do
-        [[ -f $file ]] || die "no such file: $file"
-        sha256sum <"$file"
+    for file; do checksum "$file"; done
+}
+
+signature() { # signature [SETTING=VALUE]... [-- FILE...]: a line for each setting and for the content of each file
+    local file sum
+    while (($#)) && [[ $1 != -- ]]; do
+        printf '%s\n' "$1"
+        shift
     done
+    shift || return 0
+    for file; do
+        sum=$(checksum "$file") || exit 1
+        printf 'content of %s=%s\n' "$(basename "$file")" "$sum"
+    done
+}
+
+# What parts two signatures, one a line: "NAME: OLD, now NEW", or "NAME" alone for the content of files.
+signature_differences() { # signature_differences OLD NEW
+    awk -F = -v old="$1" '
+        function name_of(line) { sub(/=.*/, "", line); return line }
+        function value_of(line) { sub(/^[^=]*=/, "", line); return line }
+        BEGIN { n = split(old, lines, "\n"); for (i = 1; i <= n; i++) { order[i] = name_of(lines[i]); was[order[i]] = value_of(lines[i]) } }
+        { name = name_of($0); is[name] = value_of($0); if (!(name in was)) { order[++n] = name } }
+        END {
+            for (i = 1; i <= n; i++) {
+                name = order[i]
+                if (name in told || ((name in was) && (name in is) && was[name] == is[name])) continue
+                told[name] = 1
+                if (name ~ /^content of /) { print name; continue }
+                print name ": " ((name in was) ? was[name] : "(none)") ", now " ((name in is) ? is[name] : "(none)")
+            }
+        }' <<<"$2"
 }
 
 lock() { # lock FILE: two runs in one folder would spoil each other's files
@@ -107,6 +223,14 @@ lock() { # lock FILE: two runs in one folder would spoil each other's files
     exec 9>"$1"
     # An interrupted run's training may take a moment to end; it holds the lock until then.
     flock -w 20 9 || die "another run is at work in $out; wait for it or choose another --out"
+}
+
+set_aside() { # set_aside PATH: renames it to the first free PATH.1, PATH.2, ...; nothing is deleted
+    local number=1
+    [[ -e $1 ]] || return 0
+    while [[ -e $1.$number ]]; do number=$((number + 1)); done
+    mv -T -- "$1" "$1.$number"
+    log "moved aside: $1.$number"
 }
 
 forget_stages_after() { # forget_stages_after NAME: the later ones of the array `stages` must run again
@@ -117,48 +241,85 @@ forget_stages_after() { # forget_stages_after NAME: the later ones of the array 
     done
 }
 
-# A stage is kept when its settings and the content of its inputs are those of its last success. When it runs, all
-# later ones run too, and the files in the array `results` go when a stage after the first one and up to
-# `results_stage` starts: they tell of an older run. An interrupted run of the very same work is continued (`$resumed` tells FUNCTION so); otherwise a
-# function clean_NAME, if there is one, first removes what FUNCTION would continue.
-stage() { # stage NAME FUNCTION SETTINGS INPUT_FILE...
-    local name=$1 function=$2 settings=$3 signature stamp=$out/.stages/$1
-    shift 3
+# A stage is kept when its settings and the content of its inputs are those of its last success; `settled` names the
+# stages that stop instead when these differ, for what others build on. When a stage runs, all later ones run too, and
+# the files in the array `results` go when a stage after the first one and up to `results_stage` starts: they tell of
+# an older run.
+settled=()
+stage() { # stage NAME FUNCTION [SETTING=VALUE]... -- INPUT_FILE...
+    local name=$1 function=$2 now stamp=$out/.stages/$1 again=''
+    shift 2
     if [[ -n $dry_run ]]; then
         printf '\n# %s\n' "$name"
         "$function"
         return
     fi
     current_stage=$name
-    signature=$settings$'\n'$(checksums "$@")
-    if [[ -f $stamp && $(<"$stamp") == "$signature" ]]; then
+    now=$(signature "$@")
+    if [[ -f $stamp && $(<"$stamp") == "$now" ]]; then
         log "$name: kept"
         current_stage=''
         return
     fi
-    resumed=''
-    [[ ! -f $stamp.started || $(<"$stamp.started") != "$signature" ]] || resumed=yes
-    log "$name: ${resumed:+re}start"
+    if [[ -f $stamp && " ${settled[*]-} " == *" $name "* ]]; then
+        current_stage=''
+        refuse_change "$name" "$(signature_differences "$(<"$stamp")" "$now")"
+    fi
+    [[ ! -f $stamp.started || $(<"$stamp.started") != "$now" ]] || again=re
+    log "$name: ${again}start"
     rm -f "$stamp"
     if [[ $name != "${stages[0]}" && " ${stages[*]} " == *" $name "*"$results_stage "* || $name == "$results_stage" ]]; then
         rm -f ${results[@]+"${results[@]}"}
     fi
     mkdir -p "$out/.stages"
-    if [[ -z $resumed ]]; then
-        # First away with what older settings left: an interruption between the two must not pass it off as ours.
-        rm -f "$stamp.started"
-        if declare -F "clean_$name" >/dev/null; then "clean_$name"; fi
-    fi
-    printf '%s\n' "$signature" >"$stamp.started"
-    "$function"
+    printf '%s\n' "$now" >"$stamp.started"
+    pass_signals group "$function"
     forget_stages_after "$name"
     mv -f "$stamp.started" "$stamp"
     current_stage=''
 }
 
+# Runs COMMAND in the background and waits for it, so that a signal reaches it at once: bash would first wait for the end
+# of a command in the foreground. Stopped by USR1 (a time limit is near) the script ends with SAVED, since the same
+# command continues; otherwise with the code of COMMAND. HOW tells whom the signal is for:
+#   group     every process of COMMAND
+#   leader    COMMAND itself, which passes it on
+#   NAME      a function NAME SIGNAL PID, which decides
+pass_signals() { # pass_signals HOW COMMAND...
+    local how=$1 pid code=0 signal='' received=''
+    shift
+    set -m # a process group of its own; bash would let other background commands ignore SIGINT, which fairseq uses
+    "$@" </dev/null &
+    set +m
+    pid=$!
+    for signal in USR1 TERM INT; do
+        # shellcheck disable=SC2064 # the process is that of now
+        trap "received=$signal; deliver $how $signal $pid" "$signal"
+    done
+    while wait "$pid" && code=0 || code=$?; do
+        kill -0 "$pid" 2>/dev/null || break # a signal ends `wait` early
+    done
+    trap - USR1 TERM INT
+    [[ $received != USR1 ]] || exit "$SAVED"
+    [[ -z $received || $code != 0 ]] || exit 143
+    return "$code"
+}
+
+deliver() { # deliver HOW SIGNAL PID
+    case $1 in
+    group) kill -"${2/USR1/TERM}" -- "-$3" 2>/dev/null || true ;;
+    leader) kill -"$2" "$3" 2>/dev/null || true ;;
+    *) "$1" "$2" "$3" ;;
+    esac
+}
+
+SAVED=75 # exit code: interrupted, the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)
+
 report_failed_stage() { # for: trap report_failed_stage EXIT
     local code=$?
-    if ((code)) && [[ -n $current_stage ]]; then
+    if ((code == SAVED)); then
+        log "stopped by a signal${current_stage:+ in stage $current_stage}; the same command again continues from here"
+    elif ((code)) && [[ -n $current_stage ]]; then
         log "error: stage '$current_stage' failed (exit $code); the same command again continues from here"
     fi
 }

@@ -25,13 +25,19 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
                           fairseq starts a process for each GPU by itself)
   --workers N             processes of binarising (default: the number of cores)
+  --data-only             stop before the training; needs no GPU
+  --restart               rename DIR to DIR.1 (or .2, ...) and begin anew; nothing is deleted
   --dry-run               print the commands, ready to be copied, and run nothing
   -h, --help              this text
 
 A stage is kept when its settings and the content of its inputs have not changed since it last succeeded. When one
-runs, all later ones run too. After an interruption the same command continues, training from its last checkpoint.
+runs, all later ones run too. After an interruption the same command continues, training from its last checkpoint; so
+does one with more updates, another patience, save interval, batch, device, precision or number of GPUs or workers.
+Other settings, text or subwords than those of the training stop with exit 2 and their names before anything is written.
+SIGUSR1 and SIGTERM save the training and end it with exit code 75: the same command continues.
 Needs the environment of scripts/setup.sh, or fairseq's commands in PATH.
-Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments.
+Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments or a training that they cannot continue,
+75 stopped by a signal, everything saved.
 TEXT
 }
 # shellcheck source=scripts/lib.sh
@@ -39,47 +45,20 @@ TEXT
 
 pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
 tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096
-device=auto workers=$(nproc) prepared_data='' subword_model='' test_set=''
-overrides=() launcher=()
-
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    need_value "$1" $#
-    case $1 in
-    --pair) pair=$2 ;;
-    --train) train=$2 ;;
-    --valid) valid=$2 ;;
-    --test) test=$2 ;;
-    --out) out=$2 ;;
-    --config) config=$2 ;;
-    --set) overrides+=("$2") ;;
-    --seed) seed=$2 ;;
-    --subwords) tool=$2 ;;
-    --vocab-size) vocab_size=$2 ;;
-    --average) average=$2 ;;
-    --beam) beam=$2 ;;
-    --lenpen) lenpen=$2 ;;
-    --model-overrides) model_overrides=$2 ;;
-    --max-tokens) max_tokens=$2 ;;
-    --device) device=$2 ;;
-    --workers) workers=$2 ;;
-    --data-bin) prepared_data=$2 ;;
-    --subword-model) subword_model=$2 ;;
-    --test-set) test_set=$2 ;;
-    --launcher) read -ra launcher <<<"$2" ;;
-    *) die "unknown argument $1; see --help" 2 ;;
-    esac
-    shift 2
-done
+device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' data_only='' restart=''
+overrides=() launcher_words='' launcher=()
+flags=(pair train valid test out config seed subwords:tool vocab-size average beam lenpen model-overrides max-tokens
+    device workers data-bin subword-model test-set launcher:launcher_words 'set:overrides[]')
+switches=(dry-run data-only restart)
+read_flags "$@"
+read -ra launcher <<<"$launcher_words"
 
 check_arguments() {
     local name override needed=(pair train valid test out)
-    if [[ -n $prepared_data$subword_model ]]; then
-        [[ -n $prepared_data && -n $subword_model ]] || die '--data-bin and --subword-model go together' 2
+    if [[ -n $data_bin$subword_model ]]; then
+        [[ -n $data_bin && -n $subword_model ]] || die '--data-bin and --subword-model go together' 2
         [[ -z $train$valid ]] || die '--data-bin brings the training data; leave out --train and --valid' 2
+        [[ -z $data_only ]] || die '--data-bin brings the data; leave out --data-only' 2
         needed=(pair test out)
     fi
     for name in "${needed[@]}"; do
@@ -102,6 +81,7 @@ check_arguments() {
         [[ $override =~ ^[a-z_]+(\.[a-z_0-9]+)+=.+ ]] ||
             die "--set wants GROUP.KEY=VALUE such as optimization.max_update=2000, got '$override'" 2
     done
+    [[ $out$data_bin != *:* ]] || die "--out and --data-bin: fairseq takes ':' for a list of folders; rename" 2
 }
 
 find_device() {
@@ -115,7 +95,7 @@ find_device() {
 
 check_arguments
 source_language=${pair%-*} target_language=${pair#*-}
-for name in train valid test out config prepared_data subword_model; do
+for name in train valid test out config data_bin subword_model; do
     [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
 done
 test_set=${test_set:-$(basename "$test")}
@@ -123,20 +103,21 @@ use_environment
 find_device
 
 user_dir=$root/xmoe_fairseq
-subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${prepared_data:-$out/data-bin}
+prepared=$data_bin
+subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${data_bin:-$out/data-bin}
 checkpoints=$out/checkpoints translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
 raw_prefixes=(${train:+"$train"} ${valid:+"$valid"} "$test")
-raw_files=() encoded_files=() data_bin_files=()
+raw_files=() encoded_files=() training_data=() test_data=()
 for language in "$source_language" "$target_language"; do
     raw_files+=("${raw_prefixes[@]/%/.$language}")
     encoded_files+=("$encoded"/{train,valid,test}."$language")
-    data_bin_files+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid,test}."$pair.$language".{bin,idx})
+    training_data+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid}."$pair.$language".{bin,idx})
+    test_data+=("$data_bin/dict.$language.txt" "$data_bin/test.$pair.$language".{bin,idx})
 done
+device_flags=() device_settings=()
 if [[ $device == cpu ]]; then
     device_flags=(--cpu)
     device_settings=(++common.cpu=true ++common.fp16=false ++common.bf16=false ++common.amp=false)
-else
-    device_flags=() device_settings=()
 fi
 # Both are read by lib.sh.
 # shellcheck disable=SC2034
@@ -166,30 +147,71 @@ encode() {
     done
 }
 
+# fairseq-preprocess takes a comma in --trainpref for a list, so it works in the folder of the encoded text.
 binarise() {
+    run rm -rf "$data_bin.partial"
+    run env -C "$encoded" fairseq-preprocess --source-lang "$source_language" --target-lang "$target_language" \
+        --trainpref train --validpref valid --testpref test \
+        --joined-dictionary --srcdict "$subwords/dict.txt" --destdir "$data_bin.partial" --workers "$workers"
     run rm -rf "$data_bin"
-    run fairseq-preprocess --source-lang "$source_language" --target-lang "$target_language" \
-        --trainpref "$encoded/train" --validpref "$encoded/valid" --testpref "$encoded/test" \
-        --joined-dictionary --srcdict "$subwords/dict.txt" --destdir "$data_bin" --workers "$workers"
+    run mv "$data_bin.partial" "$data_bin"
 }
 
-clean_train() { rm -rf "$checkpoints" "$training_log" "$out/hydra"; }
+# The settings of the YAML and of --set, as arguments of eval.training_settings.
+configuration=(--config "$config" ${overrides[@]+"${overrides[@]/#/--set=}"})
+
+# What the model depends on beside these settings; the content of text counts, not its place.
+training_facts() {
+    local split language sum
+    printf '%s\n' "pair=$pair" "seed=$seed"
+    if [[ -n $prepared ]]; then
+        signature -- "${training_data[@]}"
+        return
+    fi
+    printf '%s\n' "subwords=$tool" "vocab_size=$vocab_size"
+    for split in train valid; do
+        for language in "$source_language" "$target_language"; do
+            sum=$(checksum "${!split}.$language") || exit 1
+            printf 'content of --%s (%s)=%s\n' "$split" "$language" "$sum"
+        done
+    done
+}
+
+# Stops with exit 2 and the names of the settings with which the training in $checkpoints cannot go on.
+check_training() { # check_training [FLAG...]: flags of eval.training_settings check
+    local facts code=0
+    facts=$(training_facts)
+    mapfile -t facts <<<"$facts"
+    python -m eval.training_settings check --checkpoints "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
+        code=$?
+    ((code != 2)) || die "the training cannot be continued with these settings. Give another --out and keep both, or add \
+--restart, which renames $out and begins anew; nothing was changed" 2
+    return "$code"
+}
 
 # Without update_epoch_batch_itr fairseq keeps the batches of the epoch in which its process started, and a training
 # that continues in a later epoch sees others than one that was never interrupted.
 train_model() {
-    local command=(${launcher[@]+"${launcher[@]}"}
-        fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)"
-        ++task.data="$data_bin" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
-        ++checkpoint.save_dir="$checkpoints" ++common.user_dir="$user_dir" ++common.seed="$seed"
-        ++common.log_format=json ++dataset.update_epoch_batch_itr=true "${device_settings[@]+"${device_settings[@]}"}" hydra.run.dir="$out/hydra"
-        ${overrides[@]+"${overrides[@]/#/++}"})
+    local words state command=(${launcher[@]+"${launcher[@]}"}
+        fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)")
+    words=$(python -m eval.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
+        --text "common.user_dir=$user_dir" --text "hydra.run.dir=$out/hydra" ${overrides[@]+"${overrides[@]/#/--set=}"})
+    mapfile -t words <<<"$words"
+    command+=("${words[@]:0:4}" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
+        ++common.seed="$seed" ++common.log_format=json ++dataset.update_epoch_batch_itr=true
+        ${device_settings[@]+"${device_settings[@]}"} "${words[@]:4}")
     if [[ -n $dry_run ]]; then
         printf '%q ' "${command[@]}"
         printf '2>&1 | python -m eval.run.training_log --log %q\n' "$training_log"
         return
     fi
     mkdir -p "$checkpoints"
+    state=$(check_training --fact "vocabulary=$(checksum "$data_bin/dict.$source_language.txt")" --write --state)
+    if [[ $state == done* ]]; then
+        log "train: ${state#done } updates are done, max_update asks for no more"
+        return
+    fi
+    [[ $state != fresh* ]] || set_aside "$training_log" # of a training that left no checkpoint
     git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' >"$checkpoints/commit.txt" 2>/dev/null || true
     "${command[@]}" 2>&1 | python -m eval.run.training_log --log "$training_log"
     [[ -f $checkpoints/checkpoint_last.pt ]] || die "the training left no checkpoint in $checkpoints; see $training_log"
@@ -255,30 +277,54 @@ analyse() {
     run python -m eval.report "$pair=$out" --out "$out/report.html"
 }
 
+open_folder() { # makes and locks $out
+    mkdir -p "$out/.stages"
+    lock "$out/.stages/lock"
+}
+
+begin() {
+    local is_new=''
+    [[ -e $out ]] || is_new=yes
+    trap report_failed_stage EXIT
+    open_folder
+    if [[ -n $restart && -z $is_new ]]; then
+        set_aside "$out"
+        open_folder
+    fi
+    [[ ! -d $checkpoints ]] || check_training
+}
+
 main() {
+    local train_settings
+    cd "$root"
     if [[ -n $dry_run ]]; then
         printf 'cd %q\n' "$root"
     else
-        mkdir -p "$out/.stages"
-        trap report_failed_stage EXIT
-        lock "$out/.stages/lock"
+        begin
     fi
-    cd "$root"
-    stage validate validate "$pair" "${raw_files[@]}"
-    if [[ -z $prepared_data ]]; then
-        stage subwords learn_subwords "$tool $vocab_size" "$train.$source_language" "$train.$target_language"
-        stage encode encode "$pair" "${raw_files[@]}" "$subwords/dict.txt"
-        stage binarise binarise "$pair" "${encoded_files[@]}" "$subwords/dict.txt"
+    stage validate validate "pair=$pair" -- "${raw_files[@]}"
+    if [[ -z $prepared ]]; then
+        stage subwords learn_subwords "tool=$tool" "vocab_size=$vocab_size" -- \
+            "$train.$source_language" "$train.$target_language"
+        stage encode encode "pair=$pair" -- "${raw_files[@]}" "$subwords/dict.txt"
+        stage binarise binarise "pair=$pair" -- "${encoded_files[@]}" "$subwords/dict.txt"
     fi
-    stage train train_model "seed $seed device $device ${overrides[*]-}" "$config" "${data_bin_files[@]}"
-    stage average average_checkpoints "$average" "$checkpoints/checkpoint_last.pt"
-    stage generate generate "beam $beam lenpen $lenpen batch $max_tokens device $device $model_overrides" \
-        "$averaged" "${data_bin_files[@]}"
-    stage detokenise detokenise "$pair" "$translations/generate.txt"
-    stage score score "$target_language $test_set" "$translations/test.$target_language" "$test.$target_language"
-    stage report report "$pair $seed" "$out/score.json" "$training_log" "$translations/generate.txt"
-    stage analyse analyse "beam $beam device $device $model_overrides" "$averaged" "$out/scores.json" \
-        "$test.$target_language" "${data_bin_files[@]}"
+    if [[ -n $data_only ]]; then
+        [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
+        return
+    fi
+    train_settings=$(python -m eval.training_settings signature "${configuration[@]}")
+    mapfile -t train_settings <<<"$train_settings"
+    stage train train_model "seed=$seed" "${train_settings[@]}" -- "${training_data[@]}"
+    stage average average_checkpoints "which=$average" -- "$checkpoints/checkpoint_last.pt"
+    stage generate generate "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "device=$device" \
+        "model_overrides=$model_overrides" -- "$averaged" "${test_data[@]}"
+    stage detokenise detokenise "pair=$pair" -- "$translations/generate.txt"
+    stage score score "target_language=$target_language" "test_set=$test_set" -- \
+        "$translations/test.$target_language" "$test.$target_language"
+    stage report report "pair=$pair" "seed=$seed" -- "$out/score.json" "$training_log" "$translations/generate.txt"
+    stage analyse analyse "beam=$beam" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
+        "$out/scores.json" "$test.$target_language" "${test_data[@]}"
     [[ -n $dry_run ]] || log "done: $out/report.md, $out/report.html, $out/scores.json"
 }
 

@@ -25,14 +25,8 @@ TEXT
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 dev=''
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --dev) dev=yes ;;
-    *) die "unknown argument $1; see --help" 2 ;;
-    esac
-    shift
-done
+flags=() switches=(dev)
+read_flags "$@"
 
 venv=$(venv_place)
 python=$venv/bin/python

@@ -18,15 +18,10 @@ TEXT
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-unit_only='' arguments=()
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --unit) unit_only=yes ;;
-    *) arguments+=("$1") ;;
-    esac
-    shift
-done
+unit_only=''
+flags=() switches=(unit:unit_only) keep_unknown=yes
+read_flags "$@"
+arguments=(${rest[@]+"${rest[@]}"})
 
 part() { # part NAME COMMAND...
     local name=$1 start=$SECONDS code=0
@@ -45,7 +40,7 @@ shell_lint() { find . -name '*.sh' -not -path './.venv*' -not -path './runs/*' -
 run_pytest() { # run_pytest MARKER_EXPRESSION
     # One thread a process: the processes share the cores.
     local cores processes code=0
-    cores=$(nproc)
+    cores=$(num_cores)
     processes=${XMOE_TEST_PROCESSES:-$((cores < 4 ? cores : 4))}
     OMP_NUM_THREADS=1 python -m pytest -n "$processes" -m "$1" ${arguments[@]+"${arguments[@]}"} || code=$?
     # pytest's 5 is "no tests": a failure, unless the user's own arguments chose among them.

@@ -23,17 +23,11 @@ TEXT
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-ranks='' grace=20 arguments=()
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --dry-run) dry_run=yes && shift ;;
-    --ranks) need_value "$1" $# && ranks=$2 && shift 2 ;;
-    --grace) need_value "$1" $# && grace=$2 && shift 2 ;;
-    --) shift && arguments=("$@") && break ;;
-    *) die "unknown argument $1; fairseq-train's own go after --; see --help" 2 ;;
-    esac
-done
+ranks='' grace=20
+flags=(ranks grace)
+switches=(dry-run)
+read_flags "$@"
+arguments=(${rest[@]+"${rest[@]}"})
 [[ -n $ranks ]] || die "--ranks is missing: the number of processes; see --help" 2
 need_whole_number --ranks "$ranks" 1
 need_whole_number --grace "$grace" 0

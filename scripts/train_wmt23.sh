@@ -22,15 +22,22 @@ OUT/scores.json and OUT/report.md; lay the cells beside the paper's with python 
   --configs DIR         other sizes, such as train_configs/small (default: train_configs/wmt23)
   --average WHICH:N     checkpoints to average: best:N (default: best:5) by validation loss, or last:N
   --set KEY=VALUE       change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
+  --model-overrides TEXT  settings of the model for the translation, e.g. "{'moe_threshold': 0.7}"
   --launcher WORDS      what starts the training on several nodes (scripts/slurm/several_nodes.sbatch sets it; default
                         with several GPUs: torchrun on this machine, its ranks meeting on the loopback interface)
   --workers N           processes of cleaning and binarising (default: the number of cores)
+  --data-only           prepare the data and stop; needs no GPU and no --method
+  --restart             rename OUT to OUT.1 (or .2, ...) and train anew; nothing is deleted
+  --restart-data        likewise for the data
   --dry-run             print the commands, ready to be copied, and run nothing
   -h, --help            this text
 
-A finished stage is kept; after an interruption the same command continues. Cells of one pair may be started together:
-all but one wait for the data. Needs scripts/setup.sh, and python3 with venv and the internet for the download.
-Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments.
+A finished stage is kept; after an interruption the same command continues. Finished data of other settings are never
+overwritten, since other cells may be trained on them, nor is a training: exit 2 names the settings that differ. Cells
+of one pair may be started together: all but one wait for the data. SIGUSR1 and SIGTERM save the training and end it
+with exit code 75. Needs scripts/setup.sh, and python3 with venv and the internet for the download.
+Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments or settings that cannot be taken over,
+75 stopped by a signal, everything saved.
 TEXT
     printf 'Methods: %s\n' "$(list_methods)"
 }
@@ -38,8 +45,11 @@ TEXT
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 pair='' method='' gpus=4 seed=1 data='' run_out='' raw='' test_set='' recipes='' language_id=py3langid
-vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(nproc)
-average=best:5 settings=()
+vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(num_cores) model_overrides='{}'
+average=best:5 settings=() data_only='' restart='' restart_data=''
+flags=(pair method gpus seed data out:run_out raw test-set recipes language-id vocab-size configs average
+    'set:settings[]' model-overrides launcher workers)
+switches=(dry-run data-only restart restart-data)
 
 list_methods() {
     local file names=''
@@ -47,42 +57,17 @@ list_methods() {
     printf '%s\n' "${names# }"
 }
 
-while (($#)); do
-    case $1 in
-    -h | --help) usage && exit 0 ;;
-    --dry-run) dry_run=yes && shift && continue ;;
-    esac
-    need_value "$1" $#
-    case $1 in
-    --pair) pair=$2 ;;
-    --method) method=$2 ;;
-    --gpus) gpus=$2 ;;
-    --seed) seed=$2 ;;
-    --data) data=$2 ;;
-    --out) run_out=$2 ;;
-    --raw) raw=$2 ;;
-    --test-set) test_set=$2 ;;
-    --recipes) recipes=$2 ;;
-    --language-id) language_id=$2 ;;
-    --vocab-size) vocab_size=$2 ;;
-    --configs) configs=$(absolute "$2") ;;
-    --set) settings+=("$2") ;;
-    --launcher) launcher=$2 ;;
-    --average) average=$2 ;;
-    --workers) workers=$2 ;;
-    *) die "unknown argument $1; see --help" 2 ;;
-    esac
-    shift 2
-done
+read_flags "$@"
+configs=$(absolute "$configs")
 
 check_arguments() {
-    [[ -n $pair && -n $method ]] || die '--pair and --method are needed; see --help' 2
+    [[ -n $pair && -n $method$data_only ]] || die '--pair and --method are needed; see --help' 2
     case $pair in # the test sets of the paper's Table 4
     uk-en | he-en) test_set=${test_set:-${raw:+test}} test_set=${test_set:-flores200.devtest} ;;
     de-en | ru-en | zh-en) test_set=${test_set:-${raw:+test}} test_set=${test_set:-wmt22} ;;
     *) die "--pair must be one of uk-en, de-en, ru-en, he-en, zh-en; got '$pair'" 2 ;;
     esac
-    [[ -f $configs/$method.yaml ]] || die "--method is one of: $(list_methods); got '$method'" 2
+    [[ -n $data_only || -f $configs/$method.yaml ]] || die "--method is one of: $(list_methods); got '$method'" 2
     need_whole_number --gpus "$gpus" 0
     need_whole_number --seed "$seed" 0
     need_whole_number --vocab-size "$vocab_size" 1
@@ -98,19 +83,20 @@ check_machine() {
     if [[ $language_id == py3langid ]] && ! python -c 'import py3langid' 2>/dev/null; then
         die 'py3langid is missing: pip install py3langid==0.4.0, or --language-id none'
     fi
-    [[ -z $launcher && $gpus != 0 ]] || return 0
+    [[ -z $launcher && -z $data_only && $gpus != 0 ]] || return 0
     seen=$(python -c 'import torch; print(torch.cuda.device_count())')
     ((seen >= gpus)) || die "--gpus $gpus, but torch sees $seen; lower it (0 trains on the CPU)"
 }
 
 # The YAML counts batches per update for 4 GPUs; with others the tokens of an update must stay the same.
 set_update_freq() {
-    local batches
+    local batches processes=$((gpus > 0 ? gpus : 1))
+    [[ -z $data_only ]] || return 0
     batches=$(sed -n 's/^  update_freq: \[\([0-9]*\)\].*/\1/p' "$configs/$method.yaml")
-    [[ -n $batches ]] && ((gpus > 0 && gpus != 4)) || return 0
-    ((4 * batches % gpus == 0)) ||
+    [[ -n $batches ]] && ((processes != 4)) || return 0
+    ((4 * batches % processes == 0)) ||
         die "--gpus $gpus: an update has $((4 * batches)) batches, which $gpus GPUs cannot share; give a divisor" 2
-    settings=("optimization.update_freq=[$((4 * batches / gpus))]" ${settings[@]+"${settings[@]}"})
+    settings=("optimization.update_freq=[$((4 * batches / processes))]" ${settings[@]+"${settings[@]}"})
 }
 
 clean_text() {
@@ -135,9 +121,16 @@ prepare_data() {
         run bash "$root/data_prep/download_wmt23.sh" --pair "$pair" --out "$data" ${recipes:+--recipes "$recipes"}
     fi
     raw_files=("$raw"/{train,valid,test}."$source_language" "$raw"/{train,valid,test}.en)
-    stage clean clean_text "$pair $language_id" "${raw_files[@]}"
-    stage subwords learn_subwords "$vocab_size" "${clean_files[@]}"
-    stage binarise binarise "$pair" "${raw_files[@]}" "${clean_files[@]}" "$data/subwords/dict.txt"
+    stage clean clean_text "pair=$pair" "language_id=$language_id" -- "${raw_files[@]}"
+    stage subwords learn_subwords "vocab_size=$vocab_size" -- "${clean_files[@]}"
+    stage binarise binarise "pair=$pair" -- "${raw_files[@]}" "${clean_files[@]}" "$data/subwords/dict.txt"
+}
+
+refuse_change() { # refuse_change STAGE DIFFERENCES
+    log "the data in $data were made with other settings in stage '$1':"
+    printf '  %s\n' "${2//$'\n'/$'\n'  }" >&2
+    die "other cells may be trained on them. Give another --data and keep both, or add --restart-data, which renames \
+$data and begins anew; nothing was changed" 2
 }
 
 # On one machine the ranks need no network: they meet and talk on the loopback interface.
@@ -149,7 +142,8 @@ local_launcher() {
 train_and_score() {
     local setting command=(bash "$root/scripts/run_pair.sh" --pair "$pair" --test "$raw/test" --out "$run_out"
         --seed "$seed" --data-bin "$data/bin" --subword-model "$data/subwords" --test-set "$test_set"
-        --config "$configs/$method.yaml" --average "$average")
+        --config "$configs/$method.yaml" --average "$average" --model-overrides "$model_overrides")
+    [[ -z $restart ]] || command+=(--restart)
     if ((gpus == 0)); then
         command+=(--device cpu)
     else
@@ -162,8 +156,31 @@ train_and_score() {
     if [[ -n $dry_run ]]; then
         printf '\n# train and score: this command, which runs what follows it\n# '
         run "${command[@]}"
+        "${command[@]}" --dry-run
+        return
     fi
-    "${command[@]}" ${dry_run:+--dry-run}
+    pass_signals leader "${command[@]}"
+    log "beside the paper: python -m eval.table --cell $method $pair $run_out/scores.json"
+}
+
+prepare_data_alone() { # the cells of a pair that start together wait for the first
+    mkdir -p "$data/.stages"
+    if command -v flock >/dev/null; then
+        exec 8>"$data/.stages/wait"
+        if ! flock -n 8; then
+            [[ -z $restart_data ]] || die "--restart-data: another run prepares the data in $data"
+            log "waiting for the data that another run prepares in $data"
+            flock 8
+        fi
+    fi
+    if [[ -n $restart_data ]]; then
+        set_aside "$data"
+        mkdir -p "$data/.stages"
+        exec 8>"$data/.stages/wait"
+        ! command -v flock >/dev/null || flock 8
+    fi
+    prepare_data
+    exec 8>&-
 }
 
 check_arguments
@@ -176,22 +193,18 @@ use_environment
 set_update_freq
 # Read by lib.sh: the stages here are those of the data.
 # shellcheck disable=SC2034
-out=$data stages=(clean subwords binarise) results=()
+out=$data stages=(clean subwords binarise) settled=(clean subwords binarise) results=()
+cd "$root"
 if [[ -n $dry_run ]]; then
     printf 'cd %q\n' "$root"
-    cd "$root"
     prepare_data
 else
     check_machine
-    cd "$root"
-    mkdir -p "$data/.stages"
     trap report_failed_stage EXIT
-    if command -v flock >/dev/null; then
-        exec 8>"$data/.stages/wait"
-        flock -n 8 || { log "waiting for the data that another run prepares in $data" && flock 8; }
-    fi
-    prepare_data
-    exec 8>&-
+    prepare_data_alone
 fi
-train_and_score
-[[ -n $dry_run ]] || log "beside the paper: python -m eval.table --cell $method $pair $run_out/scores.json"
+if [[ -z $data_only ]]; then
+    train_and_score
+else
+    log "the data are ready in $data; the same command with --method and without --data-only trains"
+fi
