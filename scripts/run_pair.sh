@@ -157,7 +157,7 @@ binarise() {
     run mv "$data_bin.partial" "$data_bin"
 }
 
-# The settings of the YAML and of --set, as arguments of eval.training_settings.
+# The settings of the YAML and of --set, as arguments of eval.run.training_settings.
 configuration=(--config "$config" ${overrides[@]+"${overrides[@]/#/--set=}"})
 
 # What the model depends on beside these settings; the content of text counts, not its place.
@@ -178,11 +178,11 @@ training_facts() {
 }
 
 # Stops with exit 2 and the names of the settings with which the training in $checkpoints cannot go on.
-check_training() { # check_training [FLAG...]: flags of eval.training_settings check
+check_training() { # check_training [FLAG...]: flags of eval.run.training_settings check
     local facts code=0
     facts=$(training_facts)
     mapfile -t facts <<<"$facts"
-    python -m eval.training_settings check --checkpoints "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
+    python -m eval.run.training_settings check --checkpoints "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
         code=$?
     ((code != 2)) || die "the training cannot be continued with these settings. Give another --out and keep both, or add \
 --restart, which renames $out and begins anew; nothing was changed" 2
@@ -194,7 +194,7 @@ check_training() { # check_training [FLAG...]: flags of eval.training_settings c
 train_model() {
     local words state command=(${launcher[@]+"${launcher[@]}"}
         fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)")
-    words=$(python -m eval.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
+    words=$(python -m eval.run.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
         --text "common.user_dir=$user_dir" --text "hydra.run.dir=$out/hydra" ${overrides[@]+"${overrides[@]/#/--set=}"})
     mapfile -t words <<<"$words"
     command+=("${words[@]:0:4}" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
@@ -313,7 +313,7 @@ main() {
         [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
         return
     fi
-    train_settings=$(python -m eval.training_settings signature "${configuration[@]}")
+    train_settings=$(python -m eval.run.training_settings signature "${configuration[@]}")
     mapfile -t train_settings <<<"$train_settings"
     stage train train_model "seed=$seed" "${train_settings[@]}" -- "${training_data[@]}"
     stage average average_checkpoints "which=$average" -- "$checkpoints/checkpoint_last.pt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 STAGES = [
@@ -28,6 +29,7 @@ STAGES = [
     "detokenise",
     "score",
     "report",
+    "analyse",
 ]
 WORDS = {
     "один": "one",
@@ -53,7 +55,7 @@ model:
 criterion: {_name: label_smoothed_cross_entropy_with_load_balance, label_smoothing: 0.1}
 optimizer: {_name: adam}
 lr_scheduler: {_name: fixed}
-optimization: {lr: [0.01], max_update: 100}
+optimization: {lr: [0.01], max_update: 40}
 checkpoint: {save_interval_updates: 4, keep_interval_updates: 3, no_epoch_checkpoints: true}
 """
 
@@ -119,86 +121,159 @@ class Pipeline:
         ran = [name for name in STAGES if f"run_pair: {name}: start" in errors or f" {name}: restart" in errors]
         return process.returncode, errors, ran
 
+    def interrupt(self, *arguments: str) -> tuple[int, str]:
+        """Start, send SIGUSR1 after the training's next checkpoint; exit code and standard error."""
+        started, last = time.time(), self.out / "checkpoints" / "checkpoint_last.pt"
+        process = self.start(*arguments)
+        while not (last.exists() and last.stat().st_mtime > started):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        errors = process.communicate()[1]
+        return process.returncode, errors
+
     def scores(self) -> dict:
         return json.loads((self.out / "scores.json").read_text(encoding="utf-8"))
 
+    def text(self, *parts: str) -> str:
+        return self.out.joinpath(*parts).read_text(encoding="utf-8")
+
+    def times(self) -> dict[Path, int]:
+        """When each file was last written, but for those of the stages."""
+        found = (path for path in self.out.rglob("*") if path.is_file() and ".stages" not in path.parts)
+        return {path: path.stat().st_mtime_ns for path in found}
+
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run; the tests below change settings one after the other, in the order of this file."""
-    folder = tmp_path_factory.mktemp("run_pair")
+def life(tmp_path_factory):
+    """One run from its first training over other settings, refusals and an interruption to a new start.
+
+    Every step notes what it saw; the tests below only read, in any order. The path holds what shells, hydra and
+    fairseq treat apart.
+    """
+    folder = tmp_path_factory.mktemp("run_pair") / "a = шлях ({,' x"
+    folder.mkdir()
     write_corpus(folder)
     (folder / "tiny.yaml").write_text(CONFIG)
-    pipeline = Pipeline(folder)
-    code, errors, ran = pipeline.run()
-    assert code == 0, errors
-    assert ran == STAGES
-    return pipeline
+    pipeline, seen = Pipeline(folder), {}
+    seen["first"] = pipeline.run()
+    assert seen["first"][0] == 0, seen["first"][1]
+    seen["scores"], seen["hypotheses"] = pipeline.scores(), pipeline.text("translations", "test.subwords.en")
+    seen["generated"], seen["report"] = pipeline.text("translations", "generate.txt"), pipeline.text("report.md")
+    before = pipeline.times()
+    seen["again"] = pipeline.run()
+    seen["other text"] = _with_changed_text(pipeline)
+    refused = (
+        "--set",
+        "model.moe_num_experts=8",
+        "--seed",
+        "2",
+        "--vocab-size",
+        "50",
+        "--set",
+        "dataset.num_workers=1",
+    )
+    seen["refused"] = pipeline.run(*refused)
+    seen["left alone"] = pipeline.times() == before
+    seen["beam"] = pipeline.run("--beam", "1")
+    seen["same model"] = (
+        pipeline.times()[pipeline.out / "checkpoints" / "averaged.pt"]
+        == before[pipeline.out / "checkpoints" / "averaged.pt"]
+    )
+    longer = ("--beam", "1", "--set", "optimization.max_update=200", "--set", "dataset.num_workers=1")
+    (folder / "tiny.yaml").write_text(CONFIG + "# a comment\n")
+    seen["interrupted"] = pipeline.interrupt(*longer)
+    seen["old scores stay"] = (pipeline.out / "scores.json").exists()
+    seen["continued"] = pipeline.run(*longer)
+    seen["continued scores"] = pipeline.scores()
+    seen["log"] = pipeline.text("train.log")
+    seen["restarted"] = pipeline.run("--restart", "--data-only", "--vocab-size", "50")
+    return pipeline, seen
 
 
-def test_the_result_carries_its_evidence(finished):
-    report = finished.scores()
+def _with_changed_text(pipeline: Pipeline) -> dict[str, tuple[int, str, list[str]]]:
+    """What other training text, and a line too many, do to a finished run."""
+    source, results = pipeline.folder / "train.uk", {}
+    text = source.read_text(encoding="utf-8")
+    for name, changed in {"changed": text.replace("один", "одна"), "longer": f"{text}зайвий рядок\n"}.items():
+        source.write_text(changed, encoding="utf-8")
+        results[name] = pipeline.run()
+    source.write_text(text, encoding="utf-8")
+    return results
+
+
+def test_every_stage_runs_in_its_order_and_leaves_its_evidence(life):
+    pipeline, seen = life
+    assert seen["first"][2] == STAGES
+    report = seen["scores"]
     assert report["scores"]["bleu"]["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|")
     assert "nw:2" in report["scores"]["chrf++"]["signature"]
-    assert (report["seed"], report["training"]["updates"]) == (1, 100)
+    assert (report["seed"], report["training"]["updates"]) == (1, 40)
     assert report["config"]["model"]["moe_num_experts"] == 4
     assert set(report["routing"]["valid"]["layers"]) == {"encoder 1", "decoder 1"}
     assert 1 <= report["routing"]["valid"]["overall"]["used"] <= 4
-    hypotheses = Path(report["hypotheses"]["path"]).read_text(encoding="utf-8").splitlines()
-    assert len(hypotheses) == 6
-    assert "translation  " in (finished.out / "report.md").read_text(encoding="utf-8")
+    assert "translation  " in seen["report"]
+    aside = pipeline.out.with_name("out.1")
+    analysis = json.loads((aside / "analysis.json").read_text(encoding="utf-8"))
+    assert set(analysis["layers"]) == {"encoder 1", "decoder 1"}
+    assert "explorer" in (aside / "report.html").read_text(encoding="utf-8")
 
 
-def test_hypotheses_are_in_the_order_of_the_test_set(finished):
-    lines = (finished.out / "translations" / "generate.txt").read_text(encoding="utf-8").splitlines()
+def test_hypotheses_are_in_the_order_of_the_test_set(life):
+    lines = life[1]["generated"].splitlines()
     by_number = {int(line.split("\t")[0][2:]): line.split("\t")[2] for line in lines if line.startswith("H-")}
-    in_order = (finished.out / "translations" / "test.subwords.en").read_text(encoding="utf-8").splitlines()
-    assert in_order == [by_number[number] for number in range(6)]
+    assert life[1]["hypotheses"].splitlines() == [by_number[number] for number in range(6)]
 
 
-def test_the_same_command_keeps_every_stage(finished):
-    before = (finished.out / "scores.json").stat().st_mtime_ns
-    code, errors, ran = finished.run()
+def test_the_same_command_keeps_every_stage(life):
+    code, errors, ran = life[1]["again"]
     assert (code, ran) == (0, []), errors
-    assert (finished.out / "scores.json").stat().st_mtime_ns == before
 
 
-def test_a_changed_beam_translates_again_with_the_same_model(finished):
-    model = (finished.out / "checkpoints" / "averaged.pt").stat().st_mtime_ns
-    code, errors, ran = finished.run("--beam", "1")
+def test_a_changed_beam_translates_again_with_the_same_model(life):
+    code, errors, ran = life[1]["beam"]
     assert (code, ran) == (0, STAGES[STAGES.index("generate") :]), errors
-    assert (finished.out / "checkpoints" / "averaged.pt").stat().st_mtime_ns == model
+    assert life[1]["same model"]
 
 
-def test_bad_input_stops_before_anything_is_overwritten(finished):
-    source = finished.folder / "train.uk"
-    text = source.read_bytes()
-    source.write_bytes(text + "зайвий рядок\n".encode())
-    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*.*") if path.is_file()}
-    code, errors, ran = finished.run("--beam", "1")
-    source.write_bytes(text)
-    assert (code, ran) == (1, ["validate"])
-    assert "61" in errors
-    assert "stage 'validate' failed" in errors
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+def test_what_a_training_cannot_take_over_is_refused_by_name_and_nothing_is_touched(life):
+    seen = life[1]
+    code, errors, ran = seen["refused"]
+    assert (code, ran) == (2, [])
+    for line in ("  model.moe_num_experts: 4, now 8", "  seed: 1, now 2", "  vocab_size: 40, now 50"):
+        assert line in errors.splitlines()
+    assert "num_workers" not in errors
+    assert "--restart" in errors
+    for code, errors, ran in seen["other text"].values():
+        assert (code, ran) == (2, [])
+        assert "  content of --train (uk)" in errors.splitlines()
+    assert seen["left alone"]
 
 
-def test_an_interrupted_training_continues(finished):
-    changed = ("--beam", "1", "--seed", "2", "--subwords", "subword-nmt")
-    started, last = time.time(), finished.out / "checkpoints" / "checkpoint_last.pt"
-    process = finished.start(*changed)
-    while not (last.exists() and last.stat().st_mtime > started):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    errors = process.communicate()[1]
-    assert "subwords: start" in errors
-    assert not (finished.out / "scores.json").exists(), "scores of the older settings must not stay"
-    code, errors, ran = finished.run(*changed)
+def test_a_longer_training_continues_and_an_interruption_too(life):
+    seen = life[1]
+    code, errors = seen["interrupted"]
+    assert "continues with optimization.max_update: 40, now 200" in errors
+    assert code == 75, errors
+    assert "the same command again continues from here" in errors
+    assert not seen["old scores stay"], "scores of the older settings must not stay"
+    code, errors, ran = seen["continued"]
     assert (code, ran) == (0, STAGES[STAGES.index("train") :]), errors
-    log = (finished.out / "train.log").read_text(encoding="utf-8")
-    assert "Loaded checkpoint" in log
-    assert finished.scores()["seed"] == 2
+    report = seen["continued scores"]
+    assert report["training"]["updates"] == 200
+    starts = [int(found) for found in re.findall(r"Loaded checkpoint .*@ (\d+) updates", seen["log"])]
+    assert starts[0] == 40
+    assert len(starts) == 2
+    assert 40 < starts[1] < 200
+
+
+def test_a_restart_renames_the_old_run(life):
+    pipeline, seen = life
+    code, errors, ran = seen["restarted"]
+    assert (code, ran) == (0, ["validate", "subwords", "encode", "binarise"]), errors
+    assert (pipeline.out.with_name("out.1") / "checkpoints" / "checkpoint_last.pt").is_file()
+    assert (pipeline.out.with_name("out.1") / "scores.json").is_file()
+    assert not (pipeline.out / "checkpoints").exists()
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path):

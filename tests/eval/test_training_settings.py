@@ -10,7 +10,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from eval import training_settings as module
+from eval.run import training_settings as module
 
 YAML = """
 # a comment

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval import files
+from eval.text import files
 
 Settings = dict[str, Any]
 FILE = "settings.json"
@@ -259,7 +259,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.training_settings", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eval.run.training_settings", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("overrides", help="print words quoted for hydra, one a line")
     sub.add_argument("--text", action="append", default=[], metavar="KEY=TEXT", help="TEXT is taken literally")
