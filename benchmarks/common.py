@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from xmoe_fairseq.files import write_aside
-from xmoe_fairseq.moe.memory import pool
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -90,7 +89,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     """Bytes allocated at the worst moment of ``run``, above what was there before.
 
     On CUDA the allocator's own figure. On a CPU the highest running sum of the profiler's allocation
-    record, and all that the pool of large buffers holds, which the record does not see.
+    record.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -99,7 +98,6 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    pool.release()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     level = peak = 0
@@ -107,7 +105,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         if event.name() == "[memory]":
             level += event.nbytes()
             peak = max(peak, level)
-    return peak + pool.nbytes
+    return peak
 
 
 def machine() -> dict[str, Any]:

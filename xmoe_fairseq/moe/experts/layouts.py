@@ -14,8 +14,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from .. import host
-from ..memory import empty
 from ..plan import RoutingPlan
 
 
@@ -35,9 +33,7 @@ class TokenRows:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (R, D)."""
-        rows_RD = empty(self.token_R.numel(), x_TD.size(1), like=x_TD)
-        torch.index_select(x_TD, 0, self.token_R, out=rows_RD)
-        return rows_RD
+        return x_TD.index_select(0, self.token_R)
 
     def combine(self, out_RD: Tensor, weight_A: Tensor | None) -> Tensor:
         """Sum each token's rows, scaled by ``weight_A`` (None: by 1): (R, D) -> (T, D). Deterministic.
@@ -118,18 +114,13 @@ class BatchedRows(RowLayout):
         return rows.view(self.num_experts, self.fullest, rows.size(-1))
 
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
-        out_RO = empty(in_RI.size(0), weight_EIO.size(2), like=in_RI)
-        torch.baddbmm(bias_EO.unsqueeze(1), self._stack(in_RI), weight_EIO, out=self._stack(out_RO))
-        return out_RO
+        return torch.baddbmm(bias_EO.unsqueeze(1), self._stack(in_RI), weight_EIO).flatten(0, 1)
 
     def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
-        in_RI = empty(grad_RO.size(0), weight_EIO.size(1), like=grad_RO)
-        torch.bmm(self._stack(grad_RO), weight_EIO.transpose(1, 2), out=self._stack(in_RI))
-        return in_RI
+        return torch.bmm(self._stack(grad_RO), weight_EIO.transpose(1, 2)).flatten(0, 1)
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO)
-        return torch.bmm(self._stack(in_RI).transpose(1, 2), self._stack(grad_RO), out=weight_EIO)
+        return torch.bmm(self._stack(in_RI).transpose(1, 2), self._stack(grad_RO))
 
     def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
         if weight_R is None:
@@ -157,19 +148,19 @@ class LoopRows(RowLayout):
                 start += count
 
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
-        out_RO = empty(in_RI.size(0), weight_EIO.size(2), like=in_RI)
+        out_RO = in_RI.new_empty(in_RI.size(0), weight_EIO.size(2))
         for expert, rows in self.slices:
             torch.addmm(bias_EO[expert], in_RI[rows], weight_EIO[expert], out=out_RO[rows])
         return out_RO
 
     def input_gradient(self, grad_RO: Tensor, weight_EIO: Tensor) -> Tensor:
-        in_RI = empty(grad_RO.size(0), weight_EIO.size(1), like=grad_RO)
+        in_RI = grad_RO.new_empty(grad_RO.size(0), weight_EIO.size(1))
         for expert, rows in self.slices:
             torch.mm(grad_RO[rows], weight_EIO[expert].t(), out=in_RI[rows])
         return in_RI
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        weight_EIO = empty(self.num_experts, in_RI.size(1), grad_RO.size(1), like=grad_RO)
+        weight_EIO = grad_RO.new_empty(self.num_experts, in_RI.size(1), grad_RO.size(1))
         for expert in self.idle:
             weight_EIO[expert].zero_()
         for expert, rows in self.slices:
@@ -178,11 +169,7 @@ class LoopRows(RowLayout):
 
 
 class GroupedRows(RowLayout):
-    """Ragged groups through ``torch.nn.functional.grouped_mm``.
-
-    On a CPU the gradients of the weights go expert by expert: they are the largest tensors of a step, and grouped_mm
-    would write them into a buffer of its own, freshly mapped (memory.py).
-    """
+    """Ragged groups through ``torch.nn.functional.grouped_mm``."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__(plan)
@@ -196,8 +183,6 @@ class GroupedRows(RowLayout):
         return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        if host.on_cpu(in_RI):
-            return LoopRows(self.plan).weight_gradient(in_RI, grad_RO)
         return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
 
 

@@ -23,15 +23,16 @@ product of an expert's hidden activation with its gradient. So memory does not g
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .. import host
 from ..activations import ACTIVATIONS, Activation
 from ..config import MoEConfig
-from ..memory import empty, row_blocks
 from ..plan import RoutingPlan
 from . import few_rows
 from .layouts import LAYOUTS, RowLayout, groupable, has_grouped_kernel
@@ -42,6 +43,8 @@ GATHER_UNITS = 42
 # costs by itself when it costs 1 in a batch. Fitted on a CPU to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and
 # bfloat16; not measured on a GPU.
 BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
+# A block of rows that stays in one core's second-level cache through a few elementwise passes.
+BLOCK_BYTES = 512 << 10
 
 
 class Experts(nn.Module):
@@ -176,8 +179,8 @@ class _ExpertSum(torch.autograd.Function):
 
 def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, in_place: bool) -> Tensor:
     """Hidden units from pre-activations; ``in_place`` when nobody needs the latter again."""
-    hidden_RF = pre_RF if in_place else empty(*pre_RF.shape, like=pre_RF)
-    for rows in row_blocks(pre_RF):
+    hidden_RF = pre_RF if in_place else torch.empty_like(pre_RF)
+    for rows in _row_blocks(pre_RF):
         hidden_RF[rows] = activation.forward(pre_RF[rows])
     return hidden_RF if keep_RF is None else hidden_RF.mul_(keep_RF)
 
@@ -193,10 +196,10 @@ def _hidden_backward_(
         the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner
         product of hidden units and gradient (for the gradient of the routing weight).
     """
-    hidden_RF = empty(*pre_RF.shape, like=pre_RF)
+    hidden_RF = torch.empty_like(pre_RF)
     sum_dtype = torch.promote_types(pre_RF.dtype, torch.float32)
     inner_R = torch.empty(pre_RF.size(0), dtype=sum_dtype, device=pre_RF.device)
-    for rows in row_blocks(pre_RF):
+    for rows in _row_blocks(pre_RF):
         weight_R1 = weight_R[rows].unsqueeze(-1).to(pre_RF.dtype)
         hidden, grad = activation.forward(pre_RF[rows]), grad_RF[rows]
         if keep_RF is not None:
@@ -207,6 +210,13 @@ def _hidden_backward_(
             grad = grad * keep_RF[rows]  # after the inner product: dropout counts once in it
         grad_RF[rows] = activation.backward(grad * weight_R1, pre_RF[rows])
     return hidden_RF, inner_R
+
+
+def _row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of the first axis small enough for the cache on a CPU; one slice elsewhere, where launches cost more."""
+    step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes)) if host.on_cpu(rows) else max(1, rows.size(0))
+    for start in range(0, rows.size(0), step):
+        yield slice(start, start + step)
 
 
 def _dropout_scale(like: Tensor, probability: float) -> Tensor | None:
