@@ -20,9 +20,16 @@ from typing import Any
 
 import torch
 
+from xmoe_fairseq.allocator import ask_for_huge_pages, keep_freed_memory
 from xmoe_fairseq.files import write_aside
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def settle_memory() -> None:
+    """As in training on a CPU: freed memory stays in the process, for every candidate alike. Call it first in main."""
+    ask_for_huge_pages()
+    keep_freed_memory()
 
 
 def interleaved(
@@ -133,6 +140,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "load_average": os.getloadavg()[0],
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "commit": commit.stdout.strip() or "unknown",
     }
 

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result
+from benchmarks.common import interleaved, kept_bytes, peak_bytes, settle_memory, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step
 from benchmarks.peers import DenseFFN
 from xmoe_fairseq.command_line import command_parser
@@ -220,6 +220,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    settle_memory()
     from transformers import __version__ as version
 
     rows = [row for tokens in options.tokens for setting in SETTINGS for row in measure(setting, tokens, options)]

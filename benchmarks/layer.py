@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, kept_bytes, peak_bytes, summarise, table, write_result
+from benchmarks.common import interleaved, kept_bytes, peak_bytes, settle_memory, summarise, table, write_result
 from benchmarks.peers import DenseFFN, ExpertGemms, LoopOverExperts, PlainBatched, fairscale_moe
 from xmoe_fairseq.command_line import command_parser
 from xmoe_fairseq.moe import MoEConfig, MoELayer
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time the other ways to compute the layer")
     parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
     options = parser.parse_args()
+    settle_memory()
     rows: list[dict] = []
     for mode in options.modes:
         if mode == "decode":

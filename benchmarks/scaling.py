@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import interleaved, peak_bytes, summarise, table, write_result
+from benchmarks.common import interleaved, peak_bytes, settle_memory, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
 from benchmarks.peers import DenseFFN, ExpertGemms
 from xmoe_fairseq.command_line import command_parser
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/); the plot goes beside it")
     options = parser.parse_args()
+    settle_memory()
     like = {"dtype": getattr(torch, options.dtype), "device": options.device}
     x_TD = torch.randn(options.tokens, WIDTH, **like)
     few_TD = torch.randn(options.fine_tokens, WIDTH, **like)

@@ -1,32 +1,44 @@
-"""The C library's allocator, set once for a process that trains on a CPU, so that freed memory is used again.
+"""How the C library hands out memory, set once for a process that computes on a CPU, for all models alike.
 
-By default glibc maps every large buffer afresh and gives it back when it is freed. A buffer of 100 MB then costs 25,000
-page faults each time, as long as the GEMM that fills it, and a training step frees and asks for many of them: the
-gradients of the expert weights alone are as large as the weights. Two settings keep freed memory in the process.
+By default glibc maps every large buffer afresh and gives it back when it is freed, and the kernel fills it 4 kB at a
+time. A buffer of 100 MB then costs 25,000 page faults each time it is asked for, and a training step frees and asks for
+many: the gradients of the expert weights alone are as large as the weights. Nothing here changes a result, and nothing
+here runs on a bare ``import xmoe_fairseq.moe``. docs/scaling.md has what was measured.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 
 # The parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-NEVER = -1
+NEVER_TRIM = -1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next request; call it once, where training starts.
+    """Tell glibc to keep freed memory for the next request; call it once, where training or a benchmark starts.
 
-    The process then holds its highest use until it ends, whoever allocated it. Results do not change.
+    The process then holds its highest use until it ends, whoever allocated it.
 
     Returns:
         True if the allocator took the settings; False, with nothing changed, where the C library is not glibc.
     """
     try:
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  other C libraries may define mallopt with other numbers
+        libc.gnu_get_libc_version  # noqa: B018  other C libraries may number mallopt's parameters differently
         mallopt = libc.mallopt
     except (OSError, TypeError, AttributeError):
         return False
     # large requests come from the heap instead of fresh mappings, and the heap's free top is not given back
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch align large buffers and ask the kernel for pages of 2 MB (Linux); a value that is set already stays.
+
+    torch reads the variable at its first large allocation, so this comes before a model is built.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

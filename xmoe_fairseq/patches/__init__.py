@@ -9,9 +9,9 @@ from __future__ import annotations
 
 def install() -> None:
     """Install what every command needs; doing it again changes nothing."""
-    from . import checkpoint_files, cpu_bfloat16, numpy_names
+    from . import checkpoint_files, cpu_bfloat16, kept_memory, numpy_names
 
-    for patch in (numpy_names, cpu_bfloat16, checkpoint_files):
+    for patch in (numpy_names, cpu_bfloat16, kept_memory, checkpoint_files):
         patch.install()
 
 
