@@ -1,16 +1,15 @@
 """Give a trained XMoE model its price: the threshold and the limit of experts per token to run it with.
 
-python -m eval.calibrate DATA_BIN --path averaged.pt --output calibrated.pt --budget 1.0
-python -m eval.calibrate DATA_BIN --path averaged.pt --output calibrated.pt --max-loss 0.01
+python -m eval.calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --budget 1.0
+python -m eval.calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --max-loss 0.01
 
---output gets a copy of the checkpoint with the setting inside, so every command uses it without flags. A token takes as
+--out gets a copy of the checkpoint with the setting inside, so every command uses it without flags. A token takes as
 many experts as it needs, as before, and nothing depends on the batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import sys
 import time
@@ -27,21 +26,15 @@ from eval.routing.loading import Loaded, load
 from eval.text import files
 from xmoe_fairseq.checkpoints.files import load_checkpoint, save_checkpoint
 from xmoe_fairseq.checkpoints.settings import with_model_settings
+from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    first, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.calibrate",
-        description=first,
-        epilog=f"{rest}\nExit: 0 done, 1 failed, 2 bad arguments.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("data", help="folder of fairseq-preprocess")
-    add("--path", required=True, metavar="FILE", help="checkpoint with moe_router threshold")
-    add("--output", required=True, metavar="FILE", help="the calibrated copy, for inference")
+    parser = command_parser("calibrate", f"{__doc__}\nExit: 0 done, 1 failed, 2 bad arguments.")
+    parser.flag("--data", required=True)
+    parser.flag("--checkpoint", required=True, help="a model with moe_router threshold")
+    parser.flag("--out", required=True, help="the calibrated copy, for inference")
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument(
         "--budget", type=float, metavar="X", help="FLOPs of the MoE layers / dense FFN to spend, e.g. 1.0"
@@ -51,20 +44,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=0.01,
         metavar="BITS",
-        help="the cheapest setting that loses at most this much on the validation set (default: %(default)s)",
+        help="the cheapest setting that loses at most this much on the validation set (default 0.01)",
     )
+    add = parser.add_argument
     add("--per-layer", action="store_true", help="a threshold for each MoE layer; takes a few more passes")
-    add("--gen-subset", default="valid", metavar="SPLIT", help="text to choose on (default: %(default)s)")
-    add("--check-subset", metavar="SPLIT", help="another split, on which loss and FLOPs are reported too")
-    add("--max-tokens", type=int, default=4096, metavar="N", help="tokens of a batch (default: %(default)s)")
-    add("--model-overrides", default="{}", metavar="DICT", help="settings to change first; they go into the copy too")
-    add("--user-dir", metavar="DIR", help="package with routers of your own; xmoe_fairseq is always there")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
-    add("--json", metavar="OUT", help="write everything that was measured to this file")
+    parser.flag("--gen-subset", default="valid", help="split to choose on")
+    add("--check-subset", metavar="NAME", help="another split, on which loss and FLOPs are reported too")
+    parser.flag("--max-tokens", default=4096)
+    parser.flag("--model-overrides", default="{}", help="settings to change first; they go into the copy too")
+    parser.flag("--user-dir", help="package with routers of your own; xmoe_fairseq is always there")
+    parser.device_flag()
+    add("--report", metavar="FILE", help="write everything that was measured to this file, as JSON")
     add(
         "--skip-others",
         action="store_true",
-        help="a model without a threshold router is no error: nothing is written but the reason, in --json",
+        help="a model without a threshold router is no error: nothing is written but the reason, in --report",
     )
     return parser.parse_args(argv)
 
@@ -95,20 +89,18 @@ def _figures(point: Point) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose, write the copy, return the report. Raises: ValueError, OSError."""
-    for path in (args.output, args.json):
+    for path in (args.out, args.report):
         if path is not None:
             files.check_writable(path)
-    overrides = ast.literal_eval(args.model_overrides)
-    if not isinstance(overrides, dict):
-        raise ValueError(f"--model-overrides {args.model_overrides!r}: expected a dictionary such as {{}}")
+    overrides = parse_overrides(args.model_overrides)
     start = time.perf_counter()
-    loaded = load(args.path, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
+    loaded = load(args.checkpoint, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
     corpus = binarised(loaded, args.gen_subset)
     calibration = Calibration(loaded, corpus, max_tokens=args.max_tokens)
     chosen = choose(calibration, args)
     report: dict[str, Any] = {
-        "checkpoint": str(args.path),
-        "output": str(args.output),
+        "checkpoint": str(args.checkpoint),
+        "out": str(args.out),
         "goal": {"budget": args.budget} if args.budget is not None else {"max_loss": args.max_loss},
         "per_layer": args.per_layer,
         "subset": args.gen_subset,
@@ -122,9 +114,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check_subset is not None:
         report["check"] = check(loaded, args.check_subset, (calibration.before, chosen), args.max_tokens)
     report["seconds"] = time.perf_counter() - start
-    state = with_model_settings(load_checkpoint(args.path), {**overrides, **chosen.setting.as_settings()})
+    state = with_model_settings(load_checkpoint(args.checkpoint), {**overrides, **chosen.setting.as_settings()})
     extra = {**(state.get("extra_state") or {}), "calibrated": {**report["goal"], **chosen.setting.as_settings()}}
-    save_checkpoint({**state, "extra_state": extra}, args.output)
+    save_checkpoint({**state, "extra_state": extra}, args.out)
     return report
 
 
@@ -152,24 +144,21 @@ def table(report: dict[str, Any]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
+@reports_errors("calibrate")
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
     try:
         report = run(args)
-        if args.json:
-            files.write_json(args.json, report)
     except NothingToCalibrateError as error:
         if not args.skip_others:
-            print(f"calibrate: error: {error}", file=sys.stderr)
-            return 1
+            raise
         print(f"calibrate: nothing to do: {error}", file=sys.stderr)
-        if args.json:
-            files.write_json(args.json, {"checkpoint": str(args.path), "after": None, "reason": str(error)})
+        if args.report:
+            files.write_json(args.report, {"checkpoint": str(args.checkpoint), "after": None, "reason": str(error)})
         return 0
-    except (ValueError, OSError, SyntaxError) as error:
-        print(f"calibrate: error: {error}", file=sys.stderr)
-        return 1
+    if args.report:
+        files.write_json(args.report, report)
     print(table(report))
     if not report["budget_met"]:
         print(

@@ -22,8 +22,9 @@ def calibrated(tiny_model, tmp_path_factory):
 
     def run(*goal):
         copy, report = folder / f"{len(list(folder.iterdir()))}.pt", folder / "report.json"
-        places = ["--path", str(tiny_model.checkpoint), "--output", str(copy), "--json", str(report)]
-        code = calibrate.main([str(tiny_model.data), *places, "--gen-subset", "test", "--device", "cpu", *goal])
+        places = ["--checkpoint", str(tiny_model.checkpoint), "--out", str(copy), "--report", str(report)]
+        data = ["--data", str(tiny_model.data), "--gen-subset", "test"]
+        code = calibrate.main([*data, *places, "--device", "cpu", *goal])
         assert code == 0
         return copy, json.loads(report.read_text())
 
@@ -86,11 +87,12 @@ def test_tolerance_takes_the_cheapest_that_keeps_the_loss(calibrated):
 
 
 def test_refusals(tiny_model, tmp_path, capsys):
-    common = [str(tiny_model.data), "--path", str(tiny_model.checkpoint), "--gen-subset", "test", "--device", "cpu"]
+    common = ["--data", str(tiny_model.data), "--checkpoint", str(tiny_model.checkpoint)]
+    common += ["--gen-subset", "test", "--device", "cpu"]
     copy, report = tmp_path / "copy.pt", tmp_path / "report.json"
 
     def fails(*words, code=1):
-        assert calibrate.main([*common, "--output", str(copy), "--json", str(report), *words]) == code
+        assert calibrate.main([*common, "--out", str(copy), "--report", str(report), *words]) == code
         return capsys.readouterr().err
 
     assert "--budget (0.4) is less than one expert a token, 0.5 of the dense FLOPs" in fails("--budget", "0.4")
