@@ -10,6 +10,7 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Start": (
         Command("demo", "scripts/demo.sh", "a translation project in minutes, on a CPU, without a download"),
         Command("setup", "scripts/setup.sh", "make the virtual environment from the pinned requirements"),
+        Command("native", "xmoe_fairseq.moe.native.build", "compile the library for few rows (set-up does it)"),
         Command("test", "scripts/test.sh", "every check: format, lint, types, shell, unit and end-to-end tests"),
     ),
     "Prepare text": (
@@ -115,7 +117,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]] | None:
 
 
 def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
-    """The process that runs ``command``. Raises: FileNotFoundError if it needs a checkout and there is none."""
+    """The process that runs ``command``. Raises: FileNotFoundError if a checkout or fairseq is wanting."""
     is_script = command.target.endswith(".sh")
     is_packaged = command.target.startswith("xmoe_fairseq.")
     if not is_packaged and not (CHECKOUT / "scripts" / "lib.sh").is_file():
@@ -123,6 +125,11 @@ def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
         raise FileNotFoundError(
             f"xmoe {command.name} needs {what}, which is part of the project's checkout and not of the installed "
             "package; clone the repository and run bash scripts/setup.sh there, which installs this command too"
+        )
+    if command.target.startswith("xmoe_fairseq.checkpoints.") and find_spec("fairseq") is None:
+        raise FileNotFoundError(
+            f"xmoe {command.name} needs fairseq, which is not installed here; "
+            "pip install --no-build-isolation 'xmoe-fairseq[fairseq]', or bash scripts/setup.sh in a checkout"
         )
     start = ["bash", str(CHECKOUT / command.target)] if is_script else [sys.executable, "-m", command.target]
     return [*start, *arguments]

@@ -8,6 +8,7 @@ the OpenMP that torch brings: one pool of threads, and no link to a torch versio
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import platform
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
@@ -78,8 +80,9 @@ def _finish(process: subprocess.Popen[str]) -> None:
         raise RuntimeError(f"the compiler ended with {process.returncode}:\n{output[-2000:]}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Exit: 0 built, 1 not; the reason is on standard error."""
+    argparse.ArgumentParser(prog="xmoe native", description=__doc__.splitlines()[0]).parse_args(argv)
     try:
         print(build())
     except (RuntimeError, OSError) as error:
