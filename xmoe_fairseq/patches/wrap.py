@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 # Name -> what it wraps ("fairseq.trainer.Trainer.state_dict"), of every patch that has been installed.
@@ -41,3 +43,11 @@ def wrap(owner: Any, attribute: str, name: str, wrapper: Callable[..., Any]) -> 
 def patches_of(function: Any) -> tuple[str, ...]:
     """Names of the patches around ``function``, the innermost first."""
     return getattr(function, "xmoe_patches", ())
+
+
+def training_loops() -> Iterator[ModuleType]:
+    """fairseq_cli.train where it is loaded: it comes before or after this package, and also runs as a script."""
+    for name in ("fairseq_cli.train", "__main__"):
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "validate_and_save") and hasattr(module, "should_stop_early"):
+            yield module
