@@ -41,6 +41,21 @@ void xmoe_int8_linear(int32_t path, const int8_t* q_RI, const float* scale_R, co
     table(path)->int8_linear(rows, weights, layout, out_AO);
 }
 
+// Quantises the rows into `scratch`, num_rows * (in_width + 12) bytes and 64 more, then multiplies.
+void xmoe_int8_linear_of_floats(int32_t path, const float* x_RI, int64_t num_rows, uint8_t* scratch,
+                                const int64_t* row_A, const int64_t* start_E, int64_t num_experts,
+                                const int8_t* w_EOI, const float* scale_EO, const int32_t* sum_EO,
+                                const float* bias_EO, int64_t in_width, int64_t out_width, float* out_AO,
+                                int32_t threads) {
+    int8_t* q_RI = reinterpret_cast<int8_t*>(scratch);
+    float* scale_R = reinterpret_cast<float*>(scratch + (num_rows * in_width + 63) / 64 * 64);
+    int32_t* shift_R = reinterpret_cast<int32_t*>(scale_R + num_rows);
+    int32_t* sum_R = shift_R + num_rows;
+    table(path)->quantise(x_RI, num_rows, in_width, q_RI, scale_R, shift_R, sum_R, threads);
+    xmoe_int8_linear(path, q_RI, scale_R, shift_R, sum_R, row_A, start_E, num_experts, w_EOI, scale_EO, sum_EO,
+                     bias_EO, in_width, out_width, out_AO, threads);
+}
+
 void xmoe_float_linear(int32_t path, const float* x_RI, const int64_t* row_A, const int64_t* start_E,
                        int64_t num_experts, const void* w_EIO, int32_t is_bfloat16, const float* bias_EO,
                        int64_t in_width, int64_t out_width, float* out_AO, int32_t threads) {

@@ -95,6 +95,20 @@ def int8_linear(rows: Int8Rows, weights: Int8Weights, groups: Groups, path: str 
     return out_AO
 
 
+def int8_linear_of_floats(x_RI: Tensor, weights: Int8Weights, groups: Groups, path: str | None = None) -> Tensor:
+    """``int8_linear`` of ``quantise_rows(x_RI)`` in one call."""
+    path = path or path_for(x_RI)
+    if path == "torch":
+        return _int8_linear_in_torch(_quantise_in_torch(x_RI), weights, groups)
+    num_experts, out_width, in_width = weights.w_EOI.shape
+    num_rows = x_RI.size(0)
+    out_AO = torch.empty(groups.size, out_width)
+    scratch = torch.empty(num_rows * (in_width + 12) + 64, dtype=torch.uint8)
+    rows = (x_RI, num_rows, scratch, groups.row_A, groups.start_E, num_experts)
+    call("int8_linear_of_floats", path, *rows, *weights, in_width, out_width, out_AO)
+    return out_AO
+
+
 def float_linear(
     x_RI: Tensor, w_EIO: Tensor, bias_EO: Tensor | None, groups: Groups, path: str | None = None
 ) -> Tensor:

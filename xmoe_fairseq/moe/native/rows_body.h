@@ -18,7 +18,10 @@ template <class Body>
 void for_each_piece(const Rows& rows, int64_t piece, const Body& body) {
     const int64_t pieces = (rows.out_width + piece - 1) / piece;
     const int64_t tasks = rows.num_experts * pieces;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(rows.threads)
+    // waking threads costs more than this many products
+    const bool is_small = rows.start_E[rows.num_experts] * rows.in_width * rows.out_width < 1 << 20;
+    const int32_t wanted = is_small ? 1 : rows.threads;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(wanted) if (wanted > 1)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t expert = task / pieces, first = task % pieces * piece;
         if (rows.start_E[expert] < rows.start_E[expert + 1])

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..config import MoEConfig
 from ..experts import few_rows
-from ..native.rows import Int8Weights, combine, float_linear, int8_linear, quantise_rows
+from ..native.rows import Int8Weights, combine, float_linear, int8_linear_of_floats
 from ..plan import RoutingPlan
-from .weights import quantise_channels, with_sums
+from .weights import StoredNumbers, quantise_channels, with_sums
 
 
-class _InferenceExperts(nn.Module):
+class _InferenceExperts(StoredNumbers):
     """What the two kinds share: no gradient, and float32 outside the matrices whatever the model is cast to."""
 
     def __init__(self, config: MoEConfig) -> None:
@@ -27,16 +27,6 @@ class _InferenceExperts(nn.Module):
         self.config = config
         self.register_buffer("b1", torch.zeros(config.num_experts, config.expert_dim))
         self.register_buffer("b2", torch.zeros(config.num_experts, config.embed_dim))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``.to(device)`` moves; ``.half()`` and ``.bfloat16()`` leave the numbers as they were stored."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD``, no gradient.
@@ -105,10 +95,10 @@ class Int8Experts(_InferenceExperts):
         return self._ready
 
     def _first(self, x_TD: Tensor, groups: Any) -> Tensor:
-        return int8_linear(quantise_rows(x_TD), self._weights()[0], groups)
+        return int8_linear_of_floats(x_TD, self._weights()[0], groups)
 
     def _second(self, hidden_AF: Tensor, groups: Any) -> Tensor:
-        return int8_linear(quantise_rows(hidden_AF), self._weights()[1], groups)
+        return int8_linear_of_floats(hidden_AF, self._weights()[1], groups)
 
 
 class BFloat16Experts(_InferenceExperts):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..native.rows import Int8Weights
 
@@ -33,3 +36,16 @@ def dequantise(q_EOI: Tensor, scale_EO: Tensor) -> Tensor:
 def with_sums(q_EOI: Tensor, scale_EO: Tensor, bias_EO: Tensor | None) -> Int8Weights:
     """What the kernels take: the sums of the channels are made here."""
     return Int8Weights(q_EOI, scale_EO, q_EOI.sum(dim=-1, dtype=torch.int32), bias_EO)
+
+
+class StoredNumbers(nn.Module):
+    """A module whose buffers ``.to(device)`` moves, while ``.half()`` and ``.bfloat16()`` leave them as stored."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
