@@ -72,6 +72,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Checkpoints": (
         Command("checkpoint inspect", "xmoe_fairseq.checkpoints.inspect", "what a file holds and whether it is sound"),
         Command("checkpoint average", "xmoe_fairseq.checkpoints.average", "average several of one training"),
+        Command("checkpoint quantise", "xmoe_fairseq.checkpoints.quantise", "int8 or bfloat16 weights, for inference"),
         Command(
             "checkpoint import-official", "xmoe_fairseq.checkpoints.import_official", "convert one of the released code"
         ),

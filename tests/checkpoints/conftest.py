@@ -51,19 +51,19 @@ class Tiny:
             "last_optimizer_state": {"state": {}},
         }
 
-    def load(self, path: Any) -> Any:
+    def load(self, path: Any, overrides: dict[str, Any] | None = None) -> Any:
         """The model of a file, built and filled by fairseq's own loader, as in fairseq-generate."""
-        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], task=self.task)
+        models, _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, task=self.task)
         return models[0].eval()
 
-    def logits(self, path: Any) -> torch.Tensor:
+    def logits(self, path: Any, overrides: dict[str, Any] | None = None) -> torch.Tensor:
         """float (B, T, V) for a fixed batch with padding."""
         generator = torch.Generator().manual_seed(0)
         source = torch.randint(4, 24, (3, 7), generator=generator)
         source[0, :3] = self.task.source_dictionary.pad()
         target = torch.randint(4, 24, (3, 5), generator=generator)
         with torch.no_grad():
-            return self.load(path)(source, torch.tensor([4, 7, 7]), target)[0]
+            return self.load(path, overrides)(source, torch.tensor([4, 7, 7]), target)[0]
 
 
 @pytest.fixture(scope="session")

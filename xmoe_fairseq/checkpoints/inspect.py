@@ -12,15 +12,15 @@ from typing import Any
 from ..command_line import CommandParser, command_parser, reports_errors
 from .fallback import latest_good
 from .files import load_checkpoint, num_updates, verify_file
-from .structure import check_structure, count_parameters, describe_method, model_settings, moe_layers
+from .structure import check_structure, count_parameters, describe_method, describe_weights, model_settings, moe_layers
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     """Facts about one checkpoint, read after every check has passed.
 
     Returns:
-        plain data: path, bytes, checksums (False: a format without), architecture, method, updates, epoch, score,
-        parameters, expert_parameters, dtypes, moe_layers, optimizer_state.
+        plain data: path, bytes, checksums (False: a format without), architecture, method, weights, updates, epoch,
+        score, parameters, expert_parameters, dtypes, moe_layers, optimizer_state.
     Raises:
         CheckpointError: the file is damaged, unsafe, or its tensors are not those its settings ask for.
     """
@@ -35,6 +35,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "checksums": has_checksums,
         "architecture": settings.get("arch") or settings.get("_name"),
         "method": describe_method(settings),
+        "weights": describe_weights(settings),
         "moe_layers": [f"{side} {index}" for side, index in moe_layers(state)],
         "updates": num_updates(state),
         "epoch": (extra.get("train_iterator") or {}).get("epoch"),

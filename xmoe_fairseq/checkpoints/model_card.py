@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .structure import describe_weights
+
 _CARD = """# {arch}
 
 A translation or language model trained with fairseq and the package `xmoe_fairseq`.
@@ -13,6 +15,7 @@ A translation or language model trained with fairseq and the package `xmoe_fairs
 | Layers replaced by a mixture of experts | {method} |
 | Languages | {languages} |
 | Layers | {layers} |
+| Weights | {weights} |
 | Parameters | {parameters:,}, of them in experts {expert_parameters:,} |
 | Optimiser updates | {num_updates:,} |
 | Validation score when saved | {score} |
@@ -28,6 +31,8 @@ the tensors. Fill in below what is known of them.
 ## Files
 
 - `model.safetensors`: the tensors. Expert e of a layer computes `activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]`.
+  int8 experts hold `scale1[e, f] * q1[e, f, d]` for `w1[e, d, f]` and `scale2[e, d] * q2[e, d, f]` for `w2[e, f, d]`,
+  other int8 maps `scale[o] * q[o, i]` for `weight[o, i]`.
 - `config.json`: settings for fairseq, tied tensors, the sha256 of the tensors.
 
 ## To be filled in by the owner
@@ -46,6 +51,7 @@ def model_card(config: dict[str, Any]) -> str:
     return _CARD.format(
         arch=settings.get("arch") or settings.get("_name"),
         method=config["method"],
+        weights=describe_weights(settings),
         languages=" to ".join(pair) if len(pair) == 2 else "not recorded",
         layers=", ".join(layers),
         parameters=config["parameters"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.moe_args import SETTINGS
@@ -75,12 +76,12 @@ def check_structure(state: State, path: Any = "the checkpoint") -> None:
 def _moe_shapes(settings: dict[str, Any], side: str) -> dict[str, Shape]:
     experts, hidden = settings["moe_num_experts"], settings["moe_expert_dim"]
     width = settings[f"{side}_embed_dim"]
-    shapes: dict[str, Shape] = {
-        "experts.w1": (experts, width, hidden),
-        "experts.b1": (experts, hidden),
-        "experts.w2": (experts, hidden, width),
-        "experts.b2": (experts, width),
-    }
+    shapes: dict[str, Shape] = {"experts.b1": (experts, hidden), "experts.b2": (experts, width)}
+    if settings["moe_weights"] == "int8":
+        shapes |= {"experts.q1": (experts, hidden, width), "experts.scale1": (experts, hidden)}
+        shapes |= {"experts.q2": (experts, width, hidden), "experts.scale2": (experts, width)}
+    else:
+        shapes |= {"experts.w1": (experts, width, hidden), "experts.w2": (experts, hidden, width)}
     if (
         settings["moe_router"] in ("threshold", "top_k", "switch", "adamoe", "base")
         and not settings["moe_merge_experts"]
@@ -113,12 +114,41 @@ def count_parameters(model: dict[str, Tensor]) -> dict[str, int]:
     seen, counts = set(), {"total": 0, "experts": 0}
     for name, tensor in model.items():
         place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place in seen or not tensor.is_floating_point():
+        is_number = tensor.is_floating_point() or tensor.dtype == torch.int8
+        if place in seen or not is_number or is_scale(name, model):
             continue
         seen.add(place)
         counts["total"] += tensor.numel()
         counts["experts"] += tensor.numel() if "expert" in name else 0
     return counts
+
+
+def is_scale(name: str, model: dict[str, Tensor]) -> bool:
+    """Whether ``name`` holds the scales of an int8 tensor: ``scale`` beside ``q``, ``scale1`` beside ``q1``."""
+    parent, _, last = name.rpartition(".")
+    return last.startswith("scale") and f"{parent}.q{last.removeprefix('scale')}" in model
+
+
+def describe_weights(settings: dict[str, Any]) -> str:
+    """How the numbers are held: float, int8 or bfloat16, and which of them."""
+    if (settings.get("arch") or settings.get("_name")) == "int8_transformer":
+        return "linear maps and embeddings int8; for inference"
+    parts = [
+        f"{what} {settings[name]}"
+        for name, what in (("moe_weights", "experts"), ("moe_linear_weights", "linear maps and embeddings"))
+        if settings.get(name, "float") != "float"
+    ]
+    return ", ".join(parts) + "; for inference" if parts else "float"
+
+
+def refuse_training_of_quantised(state: State, path: Any) -> None:
+    """CheckpointError if ``state`` holds quantised weights."""
+    held = describe_weights(model_settings(state))
+    if held != "float":
+        raise CheckpointError(
+            f"{path}: {held}: it cannot be trained, continued or finetuned; train the float checkpoint that it was "
+            "made of and quantise the result (python -m xmoe_fairseq.checkpoints.quantise)"
+        )
 
 
 def describe_method(settings: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from fairseq.models.transformer_lm import (
 from omegaconf import OmegaConf, open_dict
 
 from ..moe import record_plans
+from .int8 import hold_in_int8
 from .moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults
 from .stacks import MoEDecoder
 from .translation import MoETransformerConfig
@@ -43,7 +44,10 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
         settle_positions(args, task)
         cfg = MoETransformerConfig.from_settings(args, sides=("decoder",))
         embed_tokens = cls.build_embedding(args, task.source_dictionary, args.decoder_input_dim)
-        return cls(MoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        model = cls(MoEDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        if args.moe_linear_weights == "int8":
+            hold_in_int8(model)
+        return model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with record_plans(self) as plans:

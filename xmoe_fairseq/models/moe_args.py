@@ -106,6 +106,13 @@ SETTINGS: dict[str, Setting] = {
         "how the experts' matrices are held; int8 and bfloat16 are for inference and take float checkpoints too",
         choices=("float", "int8", "bfloat16"),
     ),
+    "moe_linear_weights": Setting(
+        "float",
+        str,
+        None,
+        "how all other linear maps and the embeddings are held; int8 is for inference and takes float checkpoints too",
+        choices=("float", "int8"),
+    ),
     "moe_compute": Setting(
         "auto",
         str,

@@ -9,6 +9,7 @@ from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ..moe import record_plans
+from .int8 import hold_in_int8
 from .moe_args import SETTINGS, add_moe_args, check_moe_names, check_supported, fill_moe_defaults, layer_thresholds
 from .stacks import MoEDecoder, MoEEncoder
 
@@ -46,7 +47,10 @@ class MoETransformerModel(TransformerModelBase):
         check_moe_names(args)
         fill_moe_defaults(args)  # settings that an older checkpoint lacks
         check_supported(args)
-        return super().build_model(MoETransformerConfig.from_settings(args), task)
+        model = super().build_model(MoETransformerConfig.from_settings(args), task)
+        if args.moe_linear_weights == "int8":
+            hold_in_int8(model)
+        return model
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: Any) -> MoEEncoder:

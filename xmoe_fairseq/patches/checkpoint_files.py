@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..checkpoints.fallback import latest_good
 from ..checkpoints.files import CheckpointError, refusal, verify_file
+from ..checkpoints.structure import refuse_training_of_quantised
 from ..files import write_aside
 from .wrap import wrap
 
@@ -69,9 +70,12 @@ def _read(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) ->
     local_path = PathManager.get_local_path(path)
     verify_file(local_path)
     try:
-        return original(path, *args, **kwargs)
+        state = original(path, *args, **kwargs)
     except pickle.UnpicklingError as error:
         raise refusal(Path(path), error) from None
+    if _resuming:
+        refuse_training_of_quantised(state, path)
+    return state
 
 
 def _broadcast_plain(original: Callable[..., Any], obj: Any, *args: Any, **kwargs: Any) -> Any:
