@@ -14,7 +14,7 @@ from tests.models.tiny import TASK, sample, sentences, tiny_model
 from xmoe_fairseq.criterions.load_balance import (
     LabelSmoothedLoadBalanceCriterion,
     LoadBalanceCriterion,
-    _global_terms,
+    _global_balance,
     layer_label,
 )
 from xmoe_fairseq.moe.balance import balance_loss, first_choice_terms
@@ -172,16 +172,20 @@ def test_two_ranks_together_have_the_loss_and_gradient_of_one_batch(monkeypatch:
     value = 0.0
     for mine, other in (halves, halves[::-1]):
         theirs = terms_of(other)
-        vector = torch.cat([theirs.counts(), torch.tensor([float(other.stop - other.start)])])
+        vector = torch.cat([theirs.counts(), torch.zeros(5), torch.tensor([float(other.stop - other.start)])])
         monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: None)
         monkeypatch.setattr(distributed_utils, "all_reduce", lambda summed, group, v=vector: summed.add_(v))
-        (terms,), size = _global_terms([terms_of(mine)], mine.stop - mine.start)
-        assert float(size) == 30
-        loss = terms.loss() * size
+        loss = _global_balance([[terms_of(mine)]], [5], mine.stop - mine.start, is_dummy=False)
         value += float(loss.detach()) / 30
         got += torch.autograd.grad(loss.sum(), logits)[0] / 30  # fairseq adds the ranks, divides by the sample size
     torch.testing.assert_close(got, want)
     assert value == pytest.approx(float(balance_loss(terms_of(slice(0, 30)))))
+
+
+def test_a_layer_that_runs_twice_is_refused_on_several_ranks() -> None:
+    terms = first_choice_terms(torch.rand(3, 5), torch.zeros(3, dtype=torch.int64), None)
+    with pytest.raises(ValueError, match="a MoE layer ran 2 times in one forward pass"):
+        _global_balance([[terms, terms]], [5], 3, is_dummy=False)
 
 
 def test_dense_models_pass_with_nothing_logged() -> None:

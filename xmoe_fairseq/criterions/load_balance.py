@@ -12,7 +12,6 @@ The logged ``loss`` stays the cross entropy, to compare with dense models; the b
 # No "from __future__ import annotations" here: fairseq reads the types of dataclass fields.
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 from torch import Tensor
 
-from ..moe import RoutingPlan
+from ..moe import MoELayer, RoutingPlan
 from ..moe.balance import BalanceTerms, SpreadTerms
 from ..moe.statistics import FIGURES, routing_figures, routing_sums
 
@@ -79,7 +78,7 @@ class _LoadBalance:
             if plan.z_loss is not None:
                 loss = loss + plan.z_loss * sample_size
         if self.balance_loss_weight:
-            loss = loss + self.balance_loss_weight * _scaled_balance(every_plan, sample_size, model.training)
+            loss = loss + self.balance_loss_weight * _scaled_balance(model, plans, sample, sample_size)
         logging_output.update(_logged_sums(plans, loss))
         return loss, sample_size, logging_output
 
@@ -119,24 +118,56 @@ class LoadBalanceCriterion(_LoadBalance, CrossEntropyCriterion):
         self.balance_loss_weight = balance_loss_weight
 
 
-def _scaled_balance(plans: Iterable[RoutingPlan], sample_size: Any, training: bool) -> Tensor | float:
-    """Sum over layers of the balance loss, times the sample size."""
-    terms = [plan.balance for plan in plans if plan.balance is not None]
-    if not terms:
-        return 0.0
-    if training and distributed_utils.get_data_parallel_world_size() > 1:
-        terms, sample_size = _global_terms(terms, sample_size)
-    return sum(term.loss() for term in terms) * sample_size
+def _scaled_balance(model: Any, plans: Plans, sample: Any, sample_size: Any) -> Tensor | float:
+    """Sum over layers of the balance loss, times the sample size; in training both are those of all ranks together."""
+    terms = {
+        name: [plan.balance for plan in layer_plans if plan.balance is not None] for name, layer_plans in plans.items()
+    }
+    if model.training and plans and distributed_utils.get_data_parallel_world_size() > 1:
+        layers = (module for module in model.modules() if isinstance(module, MoELayer))
+        gates = [layer.config.num_experts + layer.config.num_null_experts for layer in layers]
+        return _global_balance(list(terms.values()), gates, sample_size, is_dummy=sample.get("is_dummy_batch", False))
+    every_term = [term for layer_terms in terms.values() for term in layer_terms]
+    return sum(term.loss() for term in every_term) * sample_size if every_term else 0.0
 
 
-def _global_terms(terms: list[Terms], sample_size: Any) -> tuple[list[Terms], Tensor]:
-    """Terms and sample size of the whole update step's batch over data-parallel ranks, in one all-reduce."""
-    counts = [term.counts() for term in terms]
-    size = torch.as_tensor(sample_size, dtype=counts[0].dtype, device=counts[0].device).view(1)
-    summed = torch.cat([*counts, size])
+def _global_balance(terms: list[list[Terms]], gates: list[int], sample_size: Any, *, is_dummy: bool) -> Tensor | float:
+    """Balance losses times sample size of the batch of all data-parallel ranks, in one all-reduce.
+
+    Args:
+        terms: of each MoE layer; empty where the layer did not run on this rank (LayerDrop draws for each rank) or its
+            router has no balance loss.
+        gates: of each MoE layer, true and null. They fix the length of what is added up, the same on every rank.
+        is_dummy: the batch stands in for one that this rank does not have (uneven end of an epoch) and counts nowhere.
+    """
+    device = next((layer[0].counts().device for layer in terms if layer), torch.device("cpu"))
+    if torch.is_tensor(sample_size):
+        device = sample_size.device
+    widths = [2 * count + 1 for count in gates]  # the longest counts() there are: SpreadTerms has two rows
+    summed = torch.zeros(sum(widths) + 1, device=device)
+    parts = summed.split([*widths, 1])
+    if not is_dummy:
+        parts[-1].fill_(sample_size)
+        for part, layer in zip(parts, terms, strict=False):
+            if layer:
+                counts = _only(layer).counts()
+                part[: counts.numel()] = counts
     distributed_utils.all_reduce(summed, group=distributed_utils.get_data_parallel_group())
-    parts = summed.split([*(count.numel() for count in counts), 1])
-    return [term.with_counts(part) for part, term in zip(parts, terms, strict=False)], parts[-1]
+    total: Tensor | float = 0.0
+    for part, layer in zip(parts, terms, strict=False):
+        if layer:
+            term = _only(layer)
+            total = total + term.with_counts(part[: term.counts().numel()]).loss()
+    return total * parts[-1]
+
+
+def _only(layer: list[Terms]) -> Terms:
+    if len(layer) != 1:
+        raise ValueError(
+            f"a MoE layer ran {len(layer)} times in one forward pass; the balance loss of several ranks is defined for "
+            "one pass a layer: call each layer once, train on one rank, or set balance_loss_weight 0"
+        )
+    return layer[0]
 
 
 _LAYER_NAME = re.compile(r"(encoder|decoder)\b.*\blayers\.(\d+)\b")

@@ -9,9 +9,18 @@ from __future__ import annotations
 
 def install() -> None:
     """Install what every command needs; doing it again changes nothing."""
-    from . import amp, checkpoint_files, cpu_bfloat16, early_stopping, kept_memory, numpy_names, signals
+    from . import amp, checkpoint_files, cpu_bfloat16, dummy_batches, early_stopping, kept_memory, numpy_names, signals
 
-    for patch in (numpy_names, amp, cpu_bfloat16, kept_memory, checkpoint_files, early_stopping, signals):
+    for patch in (
+        numpy_names,
+        amp,
+        cpu_bfloat16,
+        kept_memory,
+        checkpoint_files,
+        dummy_batches,
+        early_stopping,
+        signals,
+    ):
         patch.install()
 
 

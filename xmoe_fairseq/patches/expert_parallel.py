@@ -6,22 +6,32 @@ here around its own functions, when the first expert-parallel model of a process
 - the gradient norm: stock leaves experts out of it; here it is that of replicated experts, equal on every rank;
 - saving: one file with all experts and their optimiser state, gathered where every rank passes
   (``Trainer.consolidate_optimizer``), written by rank 0 as ever;
-- loading: each rank keeps its slice of the optimiser state (of the weights: ``ParallelExperts``).
+- loading: rank 0 reads the file and sends each rank its slice of the experts and of their optimiser state.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import operator
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from torch import Tensor, nn
 
-from ..moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks
+from ..moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, norm_over_ranks, num_ranks
 from .wrap import wrap
+
+logger = logging.getLogger(__name__)
+# The trainer that is loading a checkpoint; fairseq's broadcast is not told for whom it sends.
+_loading: Trainer | None = None
 
 
 def install() -> None:
@@ -31,6 +41,8 @@ def install() -> None:
     wrap(Trainer, "_build_optimizer", "expert-moments-of-this-rank", _build_optimizer)
     wrap(Trainer, "consolidate_optimizer", "gathered-experts", _consolidate)
     wrap(Trainer, "state_dict", "gathered-experts", _state_dict)
+    wrap(Trainer, "load_checkpoint", "expert-part-of-this-rank", _load_checkpoint)
+    wrap(distributed_utils, "broadcast_object", "expert-part-of-this-rank", _broadcast)
 
 
 def parallel_experts(model: nn.Module) -> dict[str, ParallelExperts]:
@@ -93,6 +105,8 @@ class _Whole(NamedTuple):
 
 
 def _consolidate(original: Callable[..., Any], trainer: Trainer) -> None:
+    if parallel_experts(trainer.get_model()):
+        _never_gather_alone(sys.exc_info()[1])
     original(trainer)
     if not parallel_experts(trainer.get_model()):
         return
@@ -102,6 +116,20 @@ def _consolidate(original: Callable[..., Any], trainer: Trainer) -> None:
     whole = _Whole(_gather_weights(trainer.get_model()), ema, optimizer)
     if trainer.is_data_parallel_master:
         trainer._whole_experts = whole
+
+
+def _never_gather_alone(error: BaseException | None) -> None:
+    """fairseq saves crash.pt when a rank raises in a forward pass; the others are not there to gather experts from.
+
+    They wait in an exchange that this rank left. So it ends with its own error, and its connections end theirs. An
+    infinite gradient norm is the same on every rank: that crash.pt is written.
+    """
+    frame = error.__traceback__ if error is not None else None
+    while frame is not None:
+        if "tasks" in Path(frame.tb_frame.f_code.co_filename).parts:
+            logger.error("this rank stops, without crash.pt: the experts of the other ranks are out of reach")
+            raise error
+        frame = frame.tb_next
 
 
 def _gather_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -141,6 +169,53 @@ def _state_dict(original: Callable[..., Any], trainer: Trainer) -> dict[str, Any
             saved = state["last_optimizer_state"]["state"]
             saved[position] = {**saved[position], **slots}
     return state
+
+
+def _load_checkpoint(original: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    global _loading
+    _loading = trainer if parallel_experts(trainer.get_model()) else None
+    try:
+        return original(trainer, *args, **kwargs)
+    finally:
+        _loading = None
+
+
+def _broadcast(original: Callable[..., Any], obj: Any, src_rank: int, group: Any, dist_device: Any = None) -> Any:
+    """While a checkpoint is loaded: everything but experts to everyone, then to each rank its part of each expert."""
+    if _loading is None:
+        return original(obj, src_rank, group, dist_device)
+    trainer, is_source = _loading, distributed_utils.get_rank(group) == src_rank
+    whole = _take_experts(trainer, obj) if is_source else {}
+    if is_source:
+        obj["expert_tensors"] = [(path, list(value.shape), str(value.dtype)) for path, value in whole.items()]
+    received = original(obj, src_rank, group, dist_device)
+    state = obj if is_source else received  # fairseq goes on with the object that it read
+    for path, shape, dtype in state.pop("expert_tensors"):
+        device = dist_device or trainer.device
+        part = torch.empty(shape[0] // num_ranks(), *shape[1:], dtype=getattr(torch, dtype[6:]), device=device)
+        chunks = whole.pop(tuple(path)).chunk(num_ranks()) if is_source else ()
+        parts = [chunk.contiguous().to(device) for chunk in chunks] or None
+        dist.scatter(part, parts, src=src_rank, group=group)
+        functools.reduce(operator.getitem, path[:-1], state)[path[-1]] = part.cpu()
+    return state
+
+
+def _take_experts(trainer: Trainer, state: dict[str, Any]) -> dict[tuple[Any, ...], Tensor]:
+    """Take the tensors of all experts out of a checkpoint: path of keys -> tensor with E as its first axis."""
+    experts = parallel_experts(trainer.get_model())
+    names = [f"{name}.{weight}" for name in experts for weight in WEIGHTS]
+    paths = [(*group, name) for group in (("model",), ("extra_state", "ema")) for name in names]
+    slots = (state.get("last_optimizer_state") or {}).get("state", {})
+    for position, param in _expert_positions(trainer.optimizer.optimizer).items():
+        for slot, value in slots.get(position, {}).items():
+            if torch.is_tensor(value) and value.dim() and value.shape[1:] == param.shape[1:]:
+                paths.append(("last_optimizer_state", "state", position, slot))
+    taken = {}
+    for *path, last in paths:
+        holder = functools.reduce(lambda inner, key: inner.get(key) or {}, path, state)
+        if last in holder:
+            taken[(*path, last)] = holder.pop(last)
+    return taken
 
 
 def _build_optimizer(original: Callable[..., Any], trainer: Trainer) -> None:
