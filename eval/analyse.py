@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from eval.routing import corpus as corpora
 from eval.routing import passes, translation
-from eval.routing.loading import Loaded, load, moe_layers
+from eval.routing.layers import moe_layers
 from eval.run.history import read_history
 from eval.text import files
-from eval.text.translator import load_subwords
+from eval.text.loading import Loaded, load
+from eval.text.subwords import load_subwords
 from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 
 SCHEMA = 1
@@ -72,7 +73,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
     layers = moe_layers(loaded.model)
     config = next(iter(layers.values())).config if layers else None
     return {
-        "path": loaded.path,
+        "path": loaded.paths[0],
         "arch": get("arch") or get("_name"),
         "num_updates": loaded.num_updates,
         "num_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
@@ -178,13 +179,13 @@ def _explorer(args: Any, loaded: Loaded, corpus: Any, search: Any, references: A
     order = sorted(found)
     dictionary = loaded.task.source_dictionary
     source = [dictionary.string(corpus.dataset[index]["source"]) for index in order]
-    routed = translation.routing_of(loaded, source, [found[index]["pieces"] for index in order], args.max_tokens)
+    routed = translation.routing_of(loaded, source, [found[index].pieces for index in order], args.max_tokens)
     return [
         {
             "id": index,
             **sentence,
-            "translation": found[index]["text"],
-            "score": found[index]["score"],
+            "translation": found[index].text,
+            "score": found[index].score,
             "reference": references.get(index),
         }
         for index, sentence in zip(order, routed, strict=True)

@@ -22,8 +22,8 @@ from tabulate import tabulate
 import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
 from eval.routing.calibration import ALLOWED, Calibration, NothingToCalibrateError, Point
 from eval.routing.corpus import binarised
-from eval.routing.loading import Loaded, load
 from eval.text import files
+from eval.text.loading import Loaded, load
 from xmoe_fairseq.checkpoints.files import load_checkpoint, save_checkpoint
 from xmoe_fairseq.checkpoints.settings import with_model_settings
 from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors

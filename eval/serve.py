@@ -29,7 +29,7 @@ from fairseq.data.data_utils import infer_language_pair
 
 from eval.page import TEMPLATES
 from eval.routing import passes, translation
-from eval.routing.loading import Loaded, moe_layers
+from eval.routing.layers import moe_layers
 from eval.text.translator import Translator, TranslatorConfig
 from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 from xmoe_fairseq.moe import record_plans
@@ -75,7 +75,7 @@ class Page:
     def __init__(self, translator: Translator, *, requests_per_minute: int = 60) -> None:
         self.translator = translator
         model = translator.models[0]
-        self.loaded = Loaded(translator.config.paths[0], model, translator.task, None, None, translator.device)
+        self.loaded = translator.loaded
         self.configs = [layer.config for layer in moe_layers(model).values()]
         self.rate = RateLimit(requests_per_minute)
         self._busy = threading.Lock()

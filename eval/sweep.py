@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
 from eval.routing.corpus import Corpus, binarised
-from eval.routing.loading import Loaded, load, moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.passes import evaluate, routing_settings
 from eval.text import files
+from eval.text.loading import Loaded, load
 from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors
 from xmoe_fairseq.files import write_aside
 from xmoe_fairseq.moe.flops import counted_flops
@@ -95,7 +96,7 @@ def sweep(
     """
     layers = moe_layers(loaded.model)
     if not layers:
-        raise ValueError(f"{loaded.path} has no MoE layer, so there is nothing to sweep")
+        raise ValueError(f"{loaded.paths[0]} has no MoE layer, so there is nothing to sweep")
     config = next(iter(layers.values())).config
     if thresholds and config.router != "threshold":
         raise ValueError(

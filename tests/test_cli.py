@@ -27,12 +27,13 @@ def test_every_name_leads_somewhere():
 
 def test_everything_that_can_be_started_has_a_name():
     """A module with a command line, or a script with a usage text, is found by xmoe --help."""
-    inner = {"eval.run_report", "eval.run.training_log", "benchmarks.hf_peers"}  # steps of scripts
+    inner = {"eval.run_report", "benchmarks.hf_peers"}  # steps of scripts, as all of eval/run is
     targets = {command.target for command in cli.COMMANDS.values()} | inner
     for folder in ("data_prep", "eval", "benchmarks", "xmoe_fairseq"):
         for path in (ROOT / folder).rglob("*.py"):
             if '__name__ == "__main__"' in path.read_text() and path.name != "cli.py":
-                assert ".".join(path.relative_to(ROOT).with_suffix("").parts) in targets
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                assert module in targets or module.startswith("eval.run.")
     for folder in ("data_prep", "eval", "benchmarks", "scripts"):
         for path in (ROOT / folder).glob("*.sh"):
             if "\nusage()" in path.read_text() and path.name != "serve.sh":  # xmoe serve is the module itself

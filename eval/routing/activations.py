@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.routing.loading import moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.sums import rounded
 from xmoe_fairseq.moe import MoELayer, RoutingPlan
 from xmoe_fairseq.moe.activations import ACTIVATIONS

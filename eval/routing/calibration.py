@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from eval.routing.corpus import Corpus
-from eval.routing.loading import Loaded, moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.masses import RouterMasses, solve
 from eval.routing.passes import evaluate, layer_settings
+from eval.text.loading import Loaded
 
 CLOSE = 0.005  # a measured cost this near to the budget, relatively, is as good as it
 ALLOWED = 0.02  # farther from it than this the budget is not met
@@ -68,7 +69,7 @@ class Calibration:
         if not configs or configs[0].router != "threshold" or configs[0].merge_experts:
             kind = f"moe_router {configs[0].router}" if configs else "no MoE layer"
             raise NothingToCalibrateError(
-                f"{loaded.path} has {kind}: only moe_router threshold has a threshold to choose; a top_k or switch "
+                f"{loaded.paths[0]} has {kind}: only moe_router threshold has a threshold to choose; a top_k or switch "
                 "checkpoint also runs with --model-overrides \"{'moe_router': 'threshold'}\""
             )
         if configs[0].eval_capacity_factor is not None:

@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 from fairseq.data import LanguagePairDataset, data_utils
 
-from eval.routing.loading import Loaded
+from eval.text.loading import Loaded
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from eval.routing import tokens
 from eval.routing.activations import InsideLayers
 from eval.routing.corpus import Corpus, input_tokens
-from eval.routing.loading import Loaded, moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.sums import AgreementSums, LayerSums
+from eval.text.loading import Loaded
 from xmoe_fairseq.criterions.load_balance import layer_label
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 from xmoe_fairseq.moe.statistics import routing_figures, routing_sums

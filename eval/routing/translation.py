@@ -7,46 +7,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq.dataclass.configs import GenerationConfig
-from fairseq_cli.generate import get_symbols_to_strip_from_output
 from torch import Tensor
 
 from eval import score
 from eval.routing.corpus import Corpus, from_lines
-from eval.routing.loading import Loaded
 from eval.routing.passes import add_plans, short_label, summed_figures
-from eval.text.translator import load_subwords
+from eval.text.loading import Loaded
+from eval.text.search import BeamSearch, Hypothesis
+from eval.text.subwords import load_subwords
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 
 MAX_EXPERTS_SHOWN = 16  # of one token in one layer, the heaviest first
 
 
 class Search:
-    """Beam search with one loaded model; translations are in subwords and in raw text."""
+    """Beam search over a corpus, with the routing counted along the way."""
 
     def __init__(self, loaded: Loaded, subwords: str, *, beam: int = 5, max_tokens: int = 4096) -> None:
         self.loaded, self.max_tokens = loaded, max_tokens
         self.bpe = load_subwords(subwords, loaded.task.cfg.source_lang, loaded.task.cfg.target_lang)
-        self.generator = loaded.task.build_generator([loaded.model], GenerationConfig(beam=beam))
+        self.search = BeamSearch(loaded, self.bpe, beam=beam)
 
-    def translate(self, corpus: Corpus, indices: np.ndarray) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-        """Translate some sentences.
-
-        Returns:
-            sentence -> {"pieces": str, "text": str, "score": float}; and the routing figures counted while searching.
-        """
-        found: dict[int, dict[str, Any]] = {}
+    def translate(self, corpus: Corpus, indices: np.ndarray) -> tuple[dict[int, Hypothesis], dict[str, Any]]:
+        """Translate some sentences: sentence -> translation; and the routing figures counted while searching."""
+        found: dict[int, Hypothesis] = {}
         sums: dict[str, dict[str, float]] = {}
-        task = self.loaded.task
-        strip = get_symbols_to_strip_from_output(self.generator)
         for sample in corpus.samples(corpus.batches(indices, self.max_tokens), self.loaded.device):
             with record_plans(self.loaded.model) as plans:
-                hypotheses = task.inference_step(self.generator, [self.loaded.model], sample)
+                found |= self.search.best(sample)
             add_plans(sums, plans)
-            for index, nbest in zip(sample["id"].tolist(), hypotheses, strict=True):
-                pieces = task.target_dictionary.string(nbest[0]["tokens"].cpu(), extra_symbols_to_ignore=strip)
-                text = self.bpe.decode(pieces)
-                found[index] = {"pieces": pieces, "text": text, "score": float(nbest[0]["score"])}
         return found, summed_figures(sums)
 
     def references(self, corpus: Corpus, indices: Sequence[int]) -> dict[int, str]:
@@ -55,10 +44,10 @@ class Search:
         return {int(i): self.bpe.decode(dictionary.string(corpus.dataset[int(i)]["target"])) for i in indices}
 
 
-def scores(translations: dict[int, dict[str, Any]], references: dict[int, str], language: str) -> dict[str, float]:
+def scores(translations: dict[int, Hypothesis], references: dict[int, str], language: str) -> dict[str, float]:
     """BLEU and chrF2++ of the translated sentences; empty where every translation is empty."""
     order = sorted(translations)
-    hypotheses = [translations[i]["text"] for i in order]
+    hypotheses = [translations[i].text for i in order]
     if not any(line.strip() for line in hypotheses):
         return {"bleu": 0.0, "chrf++": 0.0}
     result = score.score_corpus(

@@ -5,27 +5,21 @@ Load once, translate often; the command line (eval.translate), the web page and 
 
 from __future__ import annotations
 
-import os
-import warnings
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from fairseq import checkpoint_utils, options, tasks, utils
+from fairseq import utils
 from fairseq.data import data_utils
-from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
-from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPEConfig
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq_cli.generate import get_symbols_to_strip_from_output
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep.subwords import Coder
+from eval.text.loading import load
+from eval.text.search import BeamSearch
 from eval.text.split_long import split_text
+from eval.text.subwords import load_subwords
 
 _UNSPACED_TARGETS = ("zh", "ja", "th")
 _DEFAULT_MAX_TOKENS = 12000  # fairseq-generate's own default
@@ -115,7 +109,8 @@ class Translator:
     """Translate lists of lines.
 
     Attributes:
-        task, models, generator: fairseq's objects, ready for inference, for analyses that look inside.
+        loaded: the models, ready for inference, and their task, for analyses that look inside.
+        search: the beam search.
         max_length: longest source in subwords, without the end mark.
     """
 
@@ -126,17 +121,25 @@ class Translator:
         """
         config.check()
         self.config = config
-        if config.user_dir is not None:
-            utils.import_user_module(Namespace(user_dir=config.user_dir))
-        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.subwords = load_subwords(config.subwords, config.source_lang, config.target_lang)
-        cfg = _fairseq_config(config)
-        self.task = tasks.setup_task(cfg.task)
-        self.models = _load_models(config, self.task)
-        for model in self.models:
-            model.to(self.device)
-            model.prepare_for_inference_(cfg)
-        self.generator = self.task.build_generator(self.models, cfg.generation)
+        languages = (config.source_lang, config.target_lang)
+        self.subwords = load_subwords(config.subwords, *languages)
+        self.loaded = load(
+            *config.paths,
+            data=config.data,
+            languages=languages,
+            user_dir=config.user_dir,
+            overrides=config.model_overrides,
+            device=config.device,
+        )
+        self.task, self.models = self.loaded.task, self.loaded.models
+        self.search = BeamSearch(
+            self.loaded,
+            self.subwords,
+            beam=config.beam,
+            lenpen=config.lenpen,
+            max_len_a=config.max_len_a,
+            max_len_b=config.max_len_b,
+        )
         positions = utils.resolve_max_positions(
             self.task.max_positions(), *[model.max_positions() for model in self.models]
         )
@@ -190,14 +193,14 @@ class Translator:
         ids = [dictionary.encode_line(" ".join(c), add_if_not_exist=False).long() for c in chunks]
         dataset = self.task.build_dataset_for_inference(ids, [tokens.numel() for tokens in ids])
         results: list[Translation] = [Translation()] * len(chunks)
+        device = self.loaded.device
         with tqdm(total=len(chunks), unit="sentence", disable=not progress) as bar:
             for batch in self._batches(ids):
                 sample = dataset.collater([dataset[index] for index in batch])
-                sample = utils.move_to_cuda(sample, self.device) if self.device.type == "cuda" else sample
-                hypotheses = self.task.inference_step(self.generator, self.models, sample)
-                source_length = sample["net_input"]["src_tokens"].size(1)
-                for index, nbest in zip(sample["id"].tolist(), hypotheses, strict=True):
-                    results[index] = self._read_hypothesis(nbest[0], source_length)
+                sample = utils.move_to_cuda(sample, device) if device.type == "cuda" else sample
+                for index, found in self.search.best(sample).items():
+                    pieces = tuple(found.pieces.split())
+                    results[index] = Translation(found.text, pieces, found.score, 1, found.truncated)
                 bar.update(len(batch))
         return results
 
@@ -219,21 +222,6 @@ class Translator:
             max_sentences=self.config.batch_size,
         )
 
-    def _read_hypothesis(self, hypothesis: Mapping[str, Any], source_length: int) -> Translation:
-        tokens = hypothesis["tokens"].int().cpu()
-        string = self.task.target_dictionary.string(
-            tokens, extra_symbols_to_ignore=get_symbols_to_strip_from_output(self.generator)
-        )
-        config = self.config
-        longest = min(int(config.max_len_a * source_length + config.max_len_b), self.generator.max_len - 1)
-        return Translation(
-            text=self.subwords.decode(string),
-            tokens=tuple(string.split()),
-            score=float(hypothesis["score"]),
-            num_chunks=1,
-            truncated=tokens.numel() > longest,  # the end mark was forced
-        )
-
     def _join(self, parts: list[Translation]) -> Translation:
         if len(parts) < 2:
             return parts[0] if parts else Translation()
@@ -246,99 +234,3 @@ class Translator:
             num_chunks=len(parts),
             truncated=any(part.truncated for part in parts),
         )
-
-
-class Subwords(Protocol):
-    """What a `Translator` asks of its subwords: text to subwords joined by spaces, and back."""
-
-    def encode(self, text: str) -> str: ...
-
-    def decode(self, text: str) -> str: ...
-
-
-class _FolderSubwords:
-    """The two languages' models of a folder that data_prep.subwords made."""
-
-    def __init__(self, folder: Path, source_lang: str, target_lang: str) -> None:
-        self._source, self._target = Coder(folder, source_lang), Coder(folder, target_lang)
-
-    def encode(self, text: str) -> str:
-        return self._source.encode([text])[0]
-
-    def decode(self, text: str) -> str:
-        return self._target.decode([text])[0]
-
-
-def load_subwords(path: str, source_lang: str, target_lang: str) -> Subwords:
-    """Subwords of a folder made by ``data_prep.subwords learn``, or of one file by fairseq's own classes.
-
-    A text file is taken for subword-nmt codes, any other for a sentencepiece model. A file decodes as
-    fairseq-generate --bpe does, a folder as data_prep.subwords decode does. With sentencepiece these differ
-    in unknown pieces (<unk> and U+2047) and in byte pieces, which fairseq leaves as they are.
-    Raises: ValueError if it cannot be read.
-    """
-    kind = "a folder of data_prep.subwords"
-    try:
-        if Path(path).is_dir():
-            return _FolderSubwords(Path(path), source_lang, target_lang)
-        kind = "subword-nmt codes" if _is_text(path) else "a sentencepiece model"
-        if _is_text(path):
-            return SubwordNMTBPE(SubwordNMTBPEConfig(bpe_codes=path))
-        return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
-    except (Exception, SystemExit) as error:  # each library has its own; subword-nmt ends the process
-        raise ValueError(f"subwords {path}: cannot be read as {kind} ({error})") from None
-
-
-def _is_text(path: str) -> bool:
-    try:
-        Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _fairseq_config(config: TranslatorConfig) -> Any:
-    """The configuration that fairseq-generate would make of the same options."""
-    flags = {
-        "--source-lang": config.source_lang,
-        "--target-lang": config.target_lang,
-        "--beam": config.beam,
-        "--lenpen": config.lenpen,
-        "--max-len-a": config.max_len_a,
-        "--max-len-b": config.max_len_b,
-    }
-    arguments = [config.data, *(f"{flag}={value}" for flag, value in flags.items())]
-    args = options.parse_args_and_arch(options.get_generation_parser(), arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # hydra 1.3 finds fairseq's way of calling it outdated
-        return convert_namespace_to_omegaconf(args)
-
-
-def _load_models(config: TranslatorConfig, task: Any) -> list[torch.nn.Module]:
-    paths = [os.fspath(path) for path in config.paths]
-    try:
-        models, saved, _ = checkpoint_utils.load_model_ensemble_and_task(
-            paths, arg_overrides=dict(config.model_overrides), task=task
-        )
-    except (RuntimeError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"{', '.join(paths)}: {_explain(config, error)}") from None
-    trained = (
-        saved.task.source_lang,
-        saved.task.target_lang,
-    )  # None where fairseq-train found them by itself
-    if None not in trained and trained != (config.source_lang, config.target_lang):
-        raise ValueError(
-            f"{', '.join(paths)}: trained for {'-'.join(trained)}, asked for {config.source_lang}-{config.target_lang}"
-        )
-    return models
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _explain(config: TranslatorConfig, error: Exception) -> str:
-    if "size mismatch" in str(error) or "Missing key" in str(error) or "Unexpected key" in str(error):
-        details = " ".join(str(error).split())[:400]
-        return f"does not fit the dictionaries in {config.data} or the overrides ({details})"
-    return f"not a checkpoint, truncated or corrupted ({_first_line(error)})"

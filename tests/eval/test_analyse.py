@@ -11,9 +11,10 @@ import torch
 from eval import analyse
 from eval.routing import corpus as corpora
 from eval.routing import passes, tokens, translation
-from eval.routing.loading import load, moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.sums import AgreementSums, normalised_mutual_information
 from eval.run.history import read_history
+from eval.text.loading import load
 from tests.eval import tiny_routed
 from tests.eval.conftest import NUMBERS
 from xmoe_fairseq.moe import record_plans

@@ -8,8 +8,9 @@ import torch
 from eval import calibrate
 from eval.routing.calibration import Calibration, Setting
 from eval.routing.corpus import binarised
-from eval.routing.loading import load, moe_layers
+from eval.routing.layers import moe_layers
 from eval.routing.masses import RouterMasses
+from eval.text.loading import load
 from eval.text.translator import Translator, TranslatorConfig
 from tests.eval import tiny_routed
 from xmoe_fairseq.moe.routers.threshold import count_to_reach

@@ -11,7 +11,7 @@ import torch
 
 from data_prep import subwords
 from eval import translate
-from eval.text.translator import load_subwords
+from eval.text.subwords import load_subwords
 from eval.translate import Translator, TranslatorConfig
 
 

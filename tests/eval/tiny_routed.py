@@ -12,7 +12,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor, nn
 
 import xmoe_fairseq
-from eval.routing.loading import Loaded, moe_layers
+from eval.routing.layers import moe_layers
+from eval.text.loading import Loaded
 from xmoe_fairseq.moe.plan import Choices
 from xmoe_fairseq.moe.routers.router import real_choices
 
@@ -71,7 +72,7 @@ def build(arch: str = "xmoe_transformer_tiny", **settings: Any) -> Loaded:
     args = Namespace(**sizes, **moe, **settings)
     ARCH_CONFIG_REGISTRY[arch](args)
     model = ARCH_MODEL_REGISTRY[arch].build_model(args, task).eval()
-    return Loaded("tiny.pt", model, task, SimpleNamespace(model=args), 10, torch.device("cpu"))
+    return Loaded(("tiny.pt",), (model,), task, SimpleNamespace(model=args), 10, torch.device("cpu"))
 
 
 def hand_routed() -> Loaded:
