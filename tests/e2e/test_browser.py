@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import analyse, report, serve
+from eval import analyse, serve
+from eval.page.render import render
 from eval.routing import corpus as corpora
 from eval.routing import passes, translation
+from eval.run.record import Run
 from tests.eval import tiny_routed
 from tests.eval.conftest import TinyModel, tiny_model
 
@@ -89,7 +91,7 @@ def report_page(tmp_path) -> tuple[Path, dict]:
     ]
     analysis["problems"] = analyse.problems(analysis)
     page = tmp_path / "report.html"
-    page.write_text(report.render([{"name": "r", "analysis": analysis, "scores": None}], title="r"), encoding="utf-8")
+    page.write_text(render([Run("r", analysis)], title="r"), encoding="utf-8")
     return page, analysis
 
 

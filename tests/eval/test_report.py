@@ -7,9 +7,12 @@ import re
 import pytest
 
 from eval import analyse, report
-from eval.page import figures
+from eval.page import figures, render
+from eval.page.layer_figures import load_heatmap
+from eval.page.sweep_figures import speed_figure
 from eval.routing import corpus as corpora
 from eval.routing import passes, translation
+from eval.run.record import Run
 from tests.eval import tiny_routed
 
 SOURCE, TARGET = ["▁a b ▁12 ,", "▁a"], ["b", "▁a ▁a"]
@@ -66,7 +69,7 @@ def test_a_page_holds_scores_figures_and_sentences_and_asks_no_network(routed, t
     run = write_run(tmp_path / "xmoe", routed, SCORES)
     assert report.main([str(run), "--out", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert len(page.encode()) < report.MAX_BYTES
+    assert len(page.encode()) < render.MAX_BYTES
     assert "31.25 (95% interval 31.20 ± 1.50)" in page
     assert "sig|bs" in page
     assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)="(?!data:)', page)
@@ -76,16 +79,16 @@ def test_a_page_holds_scores_figures_and_sentences_and_asks_no_network(routed, t
 
 
 def test_dead_experts_are_called_out(routed):
-    page = report.render([{"name": "r", "analysis": routed, "scores": None}], title="t")
+    page = render.render([Run("r", routed)], title="t")
     assert "Look at this first" in page
     assert "encoder 1: 3 of 4 experts are dead" in page
-    load = figures.load_heatmap({"name": "r", "analysis": routed, "scores": None})
+    load = load_heatmap(Run("r", routed))
     assert load.traces[0]["text"] == [["", "", "", "✕"], ["✕", "✕", "✕", ""]]
     assert load.rows[0][-2:] == ["3", "none"]
 
 
 def test_text_of_a_translation_cannot_become_markup(routed):
-    page = report.render([{"name": "<i>r</i>", "analysis": routed, "scores": None}], title="</title><script>")
+    page = render.render([Run("<i>r</i>", routed)], title="</title><script>")
     assert "<b>text</b>" not in page
     assert "<i>r</i>" not in page
     assert "</title><script>" not in page
@@ -96,14 +99,14 @@ def test_comparison_shows_what_differs(routed, tmp_path):
     other = json.loads(json.dumps(SCORES))
     other["config"]["model"]["moe_threshold"] = 0.5
     other["config"]["task"]["data"] = "/elsewhere"
-    runs = [{"name": "a", "analysis": routed, "scores": SCORES}, {"name": "b", "analysis": routed, "scores": other}]
-    assert report.configuration(runs)["differing"] == [["model.moe_threshold", "0.9", "0.5"]]
-    page = report.render(runs, title="both")
+    runs = [Run("a", routed, SCORES), Run("b", routed, other)]
+    assert render.configuration(runs)["differing"] == [["model.moe_threshold", "0.9", "0.5"]]
+    page = render.render(runs, title="both")
     bars = next(figure for figure in embedded(page, "figures") if figure["id"] == "all-experts-per-layer")
     assert [trace["name"] for trace in bars["traces"]] == ["a", "b"]
     assert bars["traces"][0]["y"] == [pytest.approx(12 / 7), 1.0]
     with pytest.raises(ValueError, match="same name"):
-        report.render([runs[0], runs[0]], title="x")
+        render.render([runs[0], runs[0]], title="x")
 
 
 def test_a_dense_run_and_a_run_with_nan_have_sensible_pages(tmp_path):
@@ -123,21 +126,21 @@ def test_a_dense_run_and_a_run_with_nan_have_sensible_pages(tmp_path):
 def test_sweeps_and_benchmarks_become_figures(routed):
     point = {"flops": 0.5, "loss_bits": 3.0, "layers": {"encoder 0": {"dropped": 0.25}}}
     capacity = [{"eval_capacity_factor": 1.0, **point}, {"eval_capacity_factor": None, **point, "flops": 0.8}]
-    run = {"name": "r", "scores": None, "analysis": {**routed, "sweeps": {"capacity": capacity}}}
+    run = Run("r", {**routed, "sweeps": {"capacity": capacity}})
     found = {figure.key: figure for figure in figures.comparison_figures([run])}
     assert found["capacity"].traces[0]["x"] == [0.5, 0.8]
     assert found["capacity"].traces[0]["text"] == ["capacity 1", "no limit"]
     assert found["dropped"].traces[0] | {"x": [1.0], "y": [0.25]} == found["dropped"].traces[0]
-    speed = figures.speed_figure([{"method": "ours", "case": "64 x 1024", "ms": 4.0, "flops": 2.0}])
+    speed = speed_figure([{"method": "ours", "case": "64 x 1024", "ms": 4.0, "flops": 2.0}])
     assert (speed.traces[0]["x"], speed.traces[0]["y"], speed.traces[0]["name"]) == ([2.0], [4.0], "ours")
 
 
 def test_a_page_too_large_loses_sentences_first(routed, monkeypatch):
     many = {**routed, "explorer": [{**routed["explorer"][0], "id": i, "reference": "x" * 5000} for i in range(64)]}
-    run = {"name": "r", "analysis": many, "scores": None}
-    full = len(report.render([run], title="t").encode())
-    monkeypatch.setattr(report, "MAX_BYTES", full - 100_000)
-    page = report.render([run], title="t")
+    run = Run("r", many)
+    full = len(render.render([run], title="t").encode())
+    monkeypatch.setattr(render, "MAX_BYTES", full - 100_000)
+    page = render.render([run], title="t")
     assert len(page.encode()) <= full - 100_000
     assert 1 <= len(embedded(page, "sentences")[0]["sentences"]) < 64
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from eval import serve
+from eval.page.server import MAX_BODY, RateLimit
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_the_sliders_change_the_routing_of_this_request_only(server, tiny_model)
         ({"text": "a", "threshold": "x"}, 400, "threshold must be a number"),
         (b'{"text": "a", "threshold": NaN}', 400, "threshold must be a number"),
         ({"text": "a", "capacity": 0}, 400, "capacity must be a number"),
-        (b" " * (serve.MAX_BODY + 1), 413, "bytes"),
+        (b" " * (MAX_BODY + 1), 413, "bytes"),
     ],
 )
 def test_bad_requests_are_answered(server, body, status, message):
@@ -96,7 +97,7 @@ def test_strangers_are_refused(server):
 
 
 def test_requests_beyond_the_rate_wait(server, monkeypatch):
-    monkeypatch.setattr(server.page, "rate", serve.RateLimit(1))
+    monkeypatch.setattr(server.page, "rate", RateLimit(1))
     assert ask(server, {"text": "один"})[0].status == 200
     response, text = ask(server, {"text": "один"})
     assert response.status == 429
