@@ -28,6 +28,7 @@ from eval.run.history import read_history
 from eval.text import files
 from eval.text.loading import Loaded, load
 from eval.text.subwords import load_subwords
+from xmoe_fairseq.checkpoints.structure import count_parameters
 from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
 
 SCHEMA = 1
@@ -76,7 +77,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "path": loaded.paths[0],
         "arch": get("arch") or get("_name"),
         "num_updates": loaded.num_updates,
-        "num_parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "num_parameters": count_parameters(loaded.model.state_dict())["total"],
         "num_moe_layers": len(layers),
         "router": config and config.router,
         "num_experts": config and config.num_experts,

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from eval.run.training_log import Record, last_figures, read_records
 from eval.score import format_table
 from eval.text import files
+from xmoe_fairseq.checkpoints.structure import count_parameters
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 _LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
@@ -89,11 +90,8 @@ def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
 
 def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
     """The full configuration that fairseq kept in a checkpoint, and the number of parameters."""
-    import xmoe_fairseq  # noqa: F401 - makes fairseq's checkpoints loadable with torch's protection on
-
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    num_parameters = sum(tensor.numel() for tensor in state["model"].values() if tensor.is_floating_point())
-    return {"config": _plain(state["cfg"]), "num_parameters": num_parameters}
+    return {"config": _plain(state["cfg"]), "num_parameters": count_parameters(state["model"])["total"]}
 
 
 def _plain(value: Any) -> Any:

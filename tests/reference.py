@@ -75,12 +75,17 @@ def capacity_of(gamma: float | None, num_real: int, num_experts: int, min_capaci
 
 
 def serve(choices: list[Choice], score_TE: list[list[float]], capacity: int | None) -> set[tuple[int, int]]:
-    """Algorithm 1: one queue by priority p - i, that is by (rank, -p), then token; each expert has room for C."""
+    """Algorithm 1: one queue by priority p - i, that is by (rank, -p), then token; each expert has room for C.
+
+    Null experts (AdaMoE), whose numbers follow those of the true ones, take no rank.
+    """
+    true_choices = [
+        [expert for expert in chosen if expert < len(score_TE[token])] for token, chosen in enumerate(choices)
+    ]
     queue = [
         (rank, -score_TE[token][expert], token, expert)
-        for token, chosen in enumerate(choices)
+        for token, chosen in enumerate(true_choices)
         for rank, expert in enumerate(chosen)
-        if expert < len(score_TE[token])
     ]
     room: dict[int, float] = {}
     kept = set()

@@ -14,8 +14,11 @@ from typing import Any, BinaryIO
 def partial_beside(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to: if the block succeeds, its bytes go to disk and it takes the name ``path``.
 
-    On any error (a full disk, an interrupt) the partial file goes and ``path`` keeps what it had.
+    On any error (a full disk, an interrupt) the partial file goes and ``path`` keeps what it had. A symbolic link
+    stays: what it points to is replaced.
     """
+    if path.is_symlink():
+        path = path.resolve()
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         yield partial

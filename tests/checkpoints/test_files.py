@@ -80,6 +80,18 @@ def test_a_pickle_that_would_run_code_is_refused(moe_state, tmp_path, zip_format
     assert not trace.exists()
 
 
+class Builtin:
+    def __reduce__(self):
+        return eval, ("1 + 1",)
+
+
+def test_a_pickle_that_names_a_builtin_is_called_unsafe_not_damaged(moe_state, tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({**moe_state, "extra_state": Builtin()}, path)
+    with pytest.raises(UnsafeCheckpointError, match=r"refused: loading it would call eval, which is not on the list"):
+        load_checkpoint(path)
+
+
 def test_a_bare_pickle_is_refused_without_running(tmp_path):
     path, trace = tmp_path / "evil.pt", tmp_path / "trace"
     path.write_bytes(pickle.dumps(Malicious(trace)))
@@ -121,3 +133,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path, moe_state
         save_checkpoint(moe_state, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_writing_to_a_link_writes_what_it_points_to(path, moe_state, tmp_path):
+    link = tmp_path / "best.pt"
+    link.symlink_to(path.name)
+    save_checkpoint({**moe_state, "extra_state": {"note": "new"}}, link)
+    assert link.is_symlink()
+    assert load_checkpoint(path)["extra_state"] == {"note": "new"}

@@ -3,7 +3,13 @@ import torch
 
 from xmoe_fairseq.checkpoints import inspect
 from xmoe_fairseq.checkpoints.files import save_checkpoint
-from xmoe_fairseq.checkpoints.structure import MissingExpertError, WrongSizeError, check_structure, moe_layers
+from xmoe_fairseq.checkpoints.structure import (
+    MissingExpertError,
+    WrongSizeError,
+    check_structure,
+    count_parameters,
+    moe_layers,
+)
 
 W1 = "encoder.layers.1.moe.experts.w1"
 
@@ -36,12 +42,28 @@ def test_inspect_tells_what_a_checkpoint_is(moe_state, tmp_path):
     save_checkpoint(moe_state, path)
     facts = inspect.inspect_checkpoint(path)
     model = moe_state["model"]
-    tied = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
-    once = sum(t.numel() for name, t in model.items() if name not in tied)
+    not_counted = (
+        "decoder.embed_tokens.weight",
+        "decoder.output_projection.weight",
+        "encoder.version",
+        "decoder.version",
+    )
+    once = sum(t.numel() for name, t in model.items() if name not in not_counted)
     assert facts["parameters"] == once
     assert facts["expert_parameters"] == 2 * 4 * (16 * 6 + 6 + 6 * 16 + 16)
     assert (facts["updates"], facts["score"], facts["optimizer_state"]) == (10, 5.0, True)
     assert facts["method"].startswith("threshold, 4 experts of 6, t 0.9, gamma 2.0")
+
+
+def test_parameters_are_those_of_the_model_whether_or_not_a_file_shares_its_tied_tensors(tiny):
+    state = tiny.state("xmoe_transformer_tiny", moe_num_experts=4, moe_expert_dim=6)
+    loaded = tiny.task.build_model(state["cfg"]["model"])
+    want = sum(parameter.numel() for parameter in loaded.parameters())
+    assert count_parameters(state["model"])["total"] == want
+    from_a_gpu = {name: tensor.clone() for name, tensor in state["model"].items()}
+    assert count_parameters(from_a_gpu)["total"] == want
+    not_tied = {**from_a_gpu, "decoder.output_projection.weight": torch.rand(24, 16)}
+    assert count_parameters(not_tied)["total"] == want + 24 * 16
 
 
 def test_inspect_exits_with_1_and_says_why(moe_state, tmp_path, capsys):

@@ -54,7 +54,9 @@ def pieces(tmp_path):
     }
     (tmp_path / "score.json").write_text(json.dumps(score))
     (tmp_path / "commit.txt").write_text("abc123\n")
-    state = {"model": {"weight": torch.zeros(2, 3), "version": torch.ones(1, dtype=torch.int64)}}
+    weight = torch.zeros(2, 3)  # input and output embeddings are one matrix
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+    state = {"model": {**dict.fromkeys(names, weight), "encoder.version": torch.ones(1)}}
     torch.save(state | {"cfg": {"model": {"_name": "xmoe_transformer_tiny"}}}, tmp_path / "model.pt")
     values = {
         "pair": "uk-en", "seed": 1, "config": "xmoe.yaml", "training-log": tmp_path / "train.log",

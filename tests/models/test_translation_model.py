@@ -177,6 +177,16 @@ def test_a_copy_or_a_pickle_is_a_model_of_its_own() -> None:
         assert not torch.equal(logits(other, given), before)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_merged_experts_are_copied_after_a_step_with_activation_checkpointing(checkpointed: bool) -> None:
+    merging = {"moe_router": "top_k", "moe_top_k": 2, "moe_merge_experts": True}
+    model = tiny_model(checkpoint_activations=checkpointed, **merging).train()
+    given = sample(sentences([5, 9]), sentences([6, 3]))
+    model(**given["net_input"])[0].square().mean().backward()
+    twin = copy.deepcopy(model)  # the mean of the source, with its graph, must not have stayed behind
+    assert torch.equal(logits(twin.eval(), given), logits(model.eval(), given))
+
+
 def test_hash_layers_have_different_hashes() -> None:
     model = model_with("hash")
     seeds = [int(module.router.seed) for module in model.modules() if isinstance(module, MoELayer)]

@@ -122,6 +122,16 @@ def test_a_copy_that_is_interrupted_leaves_the_old_file(folder, monkeypatch):
     assert (folder / "checkpoint_last.pt").read_bytes() == (folder / "checkpoint1.pt").read_bytes()
 
 
+def test_a_copy_onto_a_link_keeps_the_link(folder):
+    (folder / "other").mkdir()
+    target, link = folder / "other" / "checkpoint_best.pt", folder / "checkpoint_best.pt"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    assert PathManager.copy(str(folder / "checkpoint1.pt"), str(link), overwrite=True)
+    assert link.is_symlink()
+    assert target.read_bytes() == (folder / "checkpoint1.pt").read_bytes()
+
+
 def test_the_other_rank_receives_what_the_first_one_read(folder, monkeypatch):
     # both ends of fairseq's broadcast, one after the other, over a wire that is a list
     wire, rank = [], {}

@@ -144,7 +144,8 @@ def _is_archive(path: Path) -> bool:
 
 def refusal(path: Path, error: Exception) -> CheckpointError:
     """The error to raise where torch's weights_only unpickler raised ``error``."""
-    named = re.search(r"(?:GLOBAL|global|class) `?([\w.]+\.\w+)", str(error))
+    # builtins such as eval are named without a module
+    named = re.search(r"(?:GLOBAL `?|(?:global|class) `?(?=[\w.]+\.))([\w.]*\w)", str(error))
     if named is None:
         detail = str(error).partition("WeightsUnpickler error:")[2].strip() or "its pickle cannot be read"
         return CorruptCheckpointError(

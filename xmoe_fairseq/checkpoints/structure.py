@@ -109,15 +109,28 @@ def _require_shape(name: str, tensor: Tensor, shape: Shape, path: Any) -> None:
         )
 
 
+# Ends of the names of what may be one tensor, and of fairseq's buffers that are no parameters.
+_EMBEDDINGS = ("embed_tokens.weight", "output_projection.weight")
+_BUFFERS = (".version", "._float_tensor")
+
+
 def count_parameters(model: dict[str, Tensor]) -> dict[str, int]:
-    """Numbers in the model's tensors: ``total`` and ``experts`` among them; tied tensors count once."""
+    """Numbers in the model's parameters: ``total`` and ``experts`` among them; tied tensors count once.
+
+    Tied are tensors in the same memory, and equal embeddings: a checkpoint from a GPU holds a copy for each name.
+    """
     seen, counts = set(), {"total": 0, "experts": 0}
+    embeddings: list[Tensor] = []
     for name, tensor in model.items():
         place = (tensor.data_ptr(), tuple(tensor.shape))
         is_number = tensor.is_floating_point() or tensor.dtype == torch.int8
-        if place in seen or not is_number or is_scale(name, model):
+        if place in seen or not is_number or is_scale(name, model) or f".{name}".endswith(_BUFFERS):
             continue
         seen.add(place)
+        if name.endswith(_EMBEDDINGS):
+            if any(tensor.shape == other.shape and torch.equal(tensor, other) for other in embeddings):
+                continue
+            embeddings.append(tensor)
         counts["total"] += tensor.numel()
         counts["experts"] += tensor.numel() if "expert" in name else 0
     return counts

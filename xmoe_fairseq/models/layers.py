@@ -109,8 +109,11 @@ class _MoEFeedForward:
         return checkpoint(self._recomputed_forward, self.tokens.batch, x, args, kwargs, use_reentrant=False)
 
     def _recomputed_forward(self, batch: CurrentBatch, x: Tensor, args: Any, kwargs: Any) -> Any:
-        self.tokens.batch = batch  # another batch may have passed before the recomputation
-        return super().forward(x, *args, **kwargs)
+        current, self.tokens.batch = self.tokens.batch, batch  # another one may have passed before the recomputation
+        try:
+            return super().forward(x, *args, **kwargs)
+        finally:
+            self.tokens.batch = current  # the recomputation comes last: its batch, with its graph, must not stay
 
 
 class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):

@@ -105,7 +105,7 @@ def test_a_null_that_takes_all_the_mass_leaves_finite_gradients() -> None:
     assert torch.isfinite(layer.router.weight.grad).all()
 
 
-def test_capacity_counts_ranks_among_all_choices_and_ignores_nulls() -> None:
+def test_capacity_counts_ranks_among_true_choices() -> None:
     layer = tiny_layer("adamoe", num_null_experts=3, top_k=3, capacity_factor=0.5, min_capacity=1)
     x = tokens(50)
     _, plan = layer(x)
@@ -113,3 +113,16 @@ def test_capacity_counts_ranks_among_all_choices_and_ignores_nulls() -> None:
     assert plan.wanted_E.tolist() == slow.wanted
     assert list(zip(plan.expert_index_A.tolist(), plan.token_index_A.tolist(), strict=True)) == slow.pairs
     assert int(plan.count_E.max()) == plan.capacity
+
+
+def test_a_null_first_choice_does_not_send_a_token_behind_second_choices() -> None:
+    """Worked by hand: room for one row an expert, two true experts (0, 1) and a null one (2), two choices."""
+    layer = tiny_layer(
+        "adamoe", num_experts=2, num_null_experts=1, top_k=2, capacity_factor=0.01, min_capacity=1, embed_dim=3
+    ).train()
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.eye(3))
+    # token 0: null, then expert 0 (its first true choice); token 1: expert 1, then expert 0 (its second)
+    _, plan = layer(torch.tensor([[1.0, 0.0, 2.0], [2.0, 3.0, 0.0]]))
+    assert plan.wanted_E.tolist() == [2, 1]
+    assert list(zip(plan.expert_index_A.tolist(), plan.token_index_A.tolist(), strict=True)) == [(0, 0), (1, 1)]

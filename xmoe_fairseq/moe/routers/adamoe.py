@@ -30,13 +30,27 @@ class AdaMoERouter(TopKRouter):
         num_true = self.config.num_experts
         with torch.no_grad():
             score_TK, gate_TK = self.first_choices(prob_TG)
-            is_true_TK = gate_TK < num_true
+            place_TK = _true_before_null(gate_TK < num_true)
+            ranked_TK = torch.empty_like(gate_TK).scatter(1, place_TK, gate_TK)
+            score_TK = torch.empty_like(score_TK).scatter(1, place_TK, score_TK)
+            is_true_TK = ranked_TK < num_true
         return probability_choices(
             prob_TG[:, :num_true],
-            torch.where(is_true_TK, gate_TK, 0),
+            torch.where(is_true_TK, ranked_TK, 0),
             is_true_TK,
             real_T,
             normalize=True,
             score_TK=score_TK,
             balance=null_averaged_terms(prob_TG, gate_TK, num_true, real_T),
         )
+
+
+def _true_before_null(is_true_TK: Tensor) -> Tensor:
+    """int64: column of each choice when true experts come first, in their order, and null experts behind them.
+
+    A rank is a place among the true choices: a token that chose a null expert first must not queue behind the second
+    choices of the others.
+    """
+    true_so_far_TK = is_true_TK.cumsum(dim=1)
+    null_so_far_TK = (~is_true_TK).cumsum(dim=1)
+    return torch.where(is_true_TK, true_so_far_TK, true_so_far_TK[:, -1:] + null_so_far_TK) - 1
