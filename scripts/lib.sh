@@ -5,7 +5,7 @@
 #   stages   array of the stages' names in their order
 #   results  array of files that tell of the whole run
 #   results_stage  the first stage that writes one of them
-#   settled  array of stages that refuse other settings, and a function refuse_change STAGE DIFFERENCES
+#   settled  array of stages whose results are not made again with other settings; way_out says what else can be done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 program=$(basename "$0" .sh)
@@ -241,11 +241,17 @@ forget_stages_after() { # forget_stages_after NAME: the later ones of the array 
     done
 }
 
+refuse_change() { # refuse_change STAGE DIFFERENCES
+    log "stage '$1' in $out was done with other settings:"
+    printf '  %s\n' "${2//$'\n'/$'\n'  }" >&2
+    die "trainings may build on it. Give another folder and keep both${way_out:+, or $way_out}; nothing was changed" 2
+}
+
 # A stage is kept when its settings and the content of its inputs are those of its last success; `settled` names the
 # stages that stop instead when these differ, for what others build on. When a stage runs, all later ones run too, and
 # the files in the array `results` go when a stage after the first one and up to `results_stage` starts: they tell of
 # an older run.
-settled=()
+settled=() way_out=''
 stage() { # stage NAME FUNCTION [SETTING=VALUE]... -- INPUT_FILE...
     local name=$1 function=$2 now stamp=$out/.stages/$1 again=''
     shift 2

@@ -126,13 +126,6 @@ prepare_data() {
     stage binarise binarise "pair=$pair" -- "${raw_files[@]}" "${clean_files[@]}" "$data/subwords/dict.txt"
 }
 
-refuse_change() { # refuse_change STAGE DIFFERENCES
-    log "the data in $data were made with other settings in stage '$1':"
-    printf '  %s\n' "${2//$'\n'/$'\n'  }" >&2
-    die "other cells may be trained on them. Give another --data and keep both, or add --restart-data, which renames \
-$data and begins anew; nothing was changed" 2
-}
-
 # On one machine the ranks need no network: they meet and talk on the loopback interface.
 local_launcher() {
     printf '%s ' env NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo torchrun --nnodes=1 "--nproc-per-node=$gpus" \
@@ -194,6 +187,7 @@ set_update_freq
 # Read by lib.sh: the stages here are those of the data.
 # shellcheck disable=SC2034
 out=$data stages=(clean subwords binarise) settled=(clean subwords binarise) results=()
+way_out="add --restart-data, which renames $data and begins anew"
 cd "$root"
 if [[ -n $dry_run ]]; then
     printf 'cd %q\n' "$root"

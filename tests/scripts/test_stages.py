@@ -23,7 +23,7 @@ stage first do_first "letter=$3" -- "$out/input"
 stage second do_second "letter=$4" -- "$out/input"
 stage third do_third "letter=$5" -- "$out/input"
 """
-SETTLED = PIPELINE.replace("trap", 'settled=(first second)\nrefuse_change() { echo "$1\n$2" >&2; exit 2; }\ntrap')
+SETTLED = PIPELINE.replace("trap", "settled=(first second) way_out='go away'\ntrap")
 
 
 @pytest.fixture
@@ -102,10 +102,12 @@ def test_a_settled_stage_stops_and_names_what_differs(pipeline, tmp_path):
     command = ["bash", "-c", SETTLED, "pipeline", ROOT, tmp_path, "a", "B", "c"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr == "first\ncontent of input\n"
+    assert "stage 'first' in" in refused.stderr
+    assert "\n  content of input\n" in refused.stderr
+    assert "keep both, or go away; nothing was changed" in refused.stderr
     (tmp_path / "input").write_text("text")
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.stderr.endswith("second\nletter: b, now B\n")
+    assert "\n  letter: b, now B\n" in refused.stderr
     assert pipeline("a", "b", "c")[1] == []
 
 
