@@ -8,7 +8,6 @@ lose a good pair by collision with a probability below 3e-5 in 30 million pairs.
 """
 
 import argparse
-import functools
 import hashlib
 import html
 import itertools
@@ -29,13 +28,14 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
+from data_prep.languages import SCRIPTS, is_blank, language_identifier, script_letters, script_share
 from data_prep.textio import DataError, language_pair, read_lines, require_file, split_lines
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside, sha256_of
 
 RULES = {
     "encoding": "a side is not valid UTF-8",
-    "empty": "a side is empty",
+    "empty": "a side is empty, or nothing of it can be seen",
     "control": "a side holds a control, private-use, surrogate or unassigned character, or U+FFFD",
     "length": "a side is shorter or longer than allowed, in words or characters",
     "ratio": "one side is too long for the other",
@@ -47,22 +47,15 @@ RULES = {
 }
 ALWAYS = ("encoding", "empty")  # nothing downstream can work without these two
 MENDS = ("entities", "nfc", "invisible", "white_space")
-SCRIPTS = {
-    **dict.fromkeys(["be", "bg", "kk", "mk", "ru", "sr", "uk"], "Cyrillic"),
-    **dict.fromkeys(["cs", "da", "de", "en", "es", "et", "fi", "fr", "hr", "hu", "is", "it"], "Latin"),
-    **dict.fromkeys(["lt", "lv", "nl", "no", "pl", "pt", "ro", "sk", "sl", "sv", "tr", "vi"], "Latin"),
-    "ar": "Arabic", "el": "Greek", "fa": "Arabic", "he": "Hebrew", "hi": "Devanagari", "hy": "Armenian",
-    "ja": "Han Hiragana Katakana", "ka": "Georgian", "ko": "Hangul", "th": "Thai", "zh": "Han",
-}  # fmt: skip
 NO_SPACES = ("ja", "th", "zh")  # no words to count without a segmenter
 # Characters for one English character, measured on FLORES-200 dev; 1 for other languages.
 CHARS_PER_ENGLISH = {"zh": 0.34, "ja": 0.42, "ko": 0.5, "he": 0.8, "ar": 0.87}
 CHUNK_LINES = 4000
+NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 HASH_BYTES = 8
 
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]+")
 _BAD = regex.compile(r"[\p{Cc}\p{Co}\p{Cs}\p{Cn}\ufffd]")
-_LETTER = regex.compile(r"\p{L}+")
 
 
 @dataclass(frozen=True)
@@ -113,17 +106,6 @@ def mend(text: str, counts: Counter[str]) -> str:
     return spaced
 
 
-@functools.cache
-def _script_letters(script: str) -> "regex.Pattern[str]":
-    return regex.compile("[" + "".join(rf"\p{{Script={name}}}" for name in script.split()) + "]+")
-
-
-def script_share(text: str, script: str) -> float:
-    """Share of the letters that are in one of the named Unicode scripts; 1 for a text without letters."""
-    letters = sum(map(len, _LETTER.findall(text)))
-    return sum(map(len, _script_letters(script).findall("".join(_LETTER.findall(text))))) / letters if letters else 1.0
-
-
 def length_ratio(source: str, target: str, source_language: str, target_language: str) -> float:
     """How many times longer one side is than expected of the other, at least 1.
 
@@ -134,26 +116,13 @@ def length_ratio(source: str, target: str, source_language: str, target_language
     return max(ours / theirs, theirs / ours)
 
 
-@functools.cache
-def language_identifier() -> Callable[[str], tuple[str, float]]:
-    """py3langid with probabilities over all its languages; loaded once for each process."""
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise DataError(f"--language-id py3langid: {error}; install it by: pip install py3langid==0.4.0") from None
-    classify: Callable[[str], tuple[str, float]] = LanguageIdentifier.from_model_file(
-        MODEL_FILE, norm_probs=True
-    ).classify
-    return classify
-
-
 def failed_rule(source: str, target: str, settings: Settings) -> str | None:
     """The first rule, of those that need no memory of other lines, that a mended pair fails."""
     sides = (
         (source, settings.source, settings.source_script),
         (target, settings.target, settings.target_script),
     )
-    if not source or not target:
+    if is_blank(source) or is_blank(target):
         return "empty"
     tests: dict[str, Callable[[], bool]] = {
         "control": lambda: any(_BAD.search(text) for text, _, _ in sides),
@@ -365,7 +334,7 @@ def print_report(report: dict[str, Any]) -> None:
 def script_name(text: str) -> tuple[str, str]:
     language, _, script = text.partition("=")
     try:
-        _script_letters(script)
+        script_letters(script)
     except regex.error:
         script = ""
     if not language or not script:
@@ -445,7 +414,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     written = "writes PREFIX.SRC, PREFIX.TGT and PREFIX.report.json"
     flag("--out", old="--output", required=True, metavar="PREFIX", help=written)
     _add_rule_settings(add)
-    flag("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes (default: all cores)")
+    flag("--workers", type=at_least(1), default=NUM_CORES, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     check_together(parser, args)
     return args

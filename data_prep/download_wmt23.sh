@@ -97,7 +97,7 @@ print("\n".join(found["train"]))' "wmt23-${source_language}en" ${1:+"$1"} || die
 
 # Fills `corpora` and `left_out`: what is trained on, and what is not and why.
 choose_corpora() {
-    local all corpus machine_made=()
+    local all corpus
     if [[ -n $recipes && -z $dry_run ]]; then
         all=$(recipe_corpora "$([[ $pair != uk-en ]] || echo wmt22-uken)")
     else
@@ -112,7 +112,6 @@ choose_corpora() {
             left_out+=("$corpus"$'\t'"left out by --without")
         elif [[ $corpus == *backtrans* && -z $with_back_translation ]]; then
             left_out+=("$corpus"$'\t'"machine-translated; --with-back-translation takes it")
-            machine_made+=("$corpus")
         else
             corpora+=("$corpus")
         fi
@@ -122,14 +121,14 @@ choose_corpora() {
 
 # With --dry-run: each corpus, with address and size where mtdata's index is there and has them.
 list_corpora() {
-    local line index=''
+    local line index='' machine='none back-translated'
+    [[ -z $with_back_translation ]] || machine='back-translation included'
     [[ ! -x $venv/bin/mtdata ]] ||
-        index=$(printf '%s\n' "${corpora[@]}" "$valid" "$test" | "$venv/bin/python" "$root/data_prep/mtdata_index.py" 2>/dev/null)
+        index=$(printf '%s\n' "${corpora[@]}" "$valid" "$test" | "$venv/bin/python" "$root/data_prep/mtdata_index.py" 2>/dev/null) || index=''
     [[ -z $recipes ]] || printf '# --recipes is read when the command runs; without it these are the corpora\n'
-    printf '# %s: %d corpora to train on, none of them monolingual, %s\n' "$pair" "${#corpora[@]}" \
-        "${with_back_translation:+back-translation included}${with_back_translation:-none back-translated}"
+    printf '# %s: %d corpora to train on, none of them monolingual, %s\n' "$pair" "${#corpora[@]}" "$machine"
     for line in "${corpora[@]/#/train  }" "valid  $valid" "test   $test"; do
-        printf '#   %s\n' "$line$(grep -F -m 1 -- "${line##* }"$'\t' <<<"$index" | sed 's/^[^\t]*\t/  /; s/\t/  /')"
+        printf '#   %s\n' "$line$({ grep -F -m 1 -- "${line##* }"$'\t' <<<"$index" || true; } | sed 's/^[^\t]*\t/  /; s/\t/  /')"
     done
     for line in ${left_out[@]+"${left_out[@]}"}; do printf '#   not    %s\n' "${line/$'\t'/: }"; done
     if [[ -z $index ]]; then

@@ -1,6 +1,6 @@
 """Print address and size of corpora as mtdata's index has them; run by the interpreter of mtdata's own environment.
 
-A line for each corpus on standard input: name, size, address, tab-separated. Exit: 0 done, 1 a name is not in the index.
+A line for each corpus on standard input: name, size, address, tab-separated. Exit: 0 done, 1 a name is unknown.
 """
 
 import sys

@@ -1,20 +1,28 @@
 """Check raw parallel text PREFIX.SRC and PREFIX.TGT before anything is built on it; changes nothing.
 
-Each problem names file, line, value, what is allowed and the way out. Memory: one line of each side.
+Each problem names file, line, value, what is allowed and the way out. Held-out text is checked like the rest, and its
+pairs that the other text repeats are counted. Memory: one line of each side, and the held-out lines.
 """
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from data_prep.languages import is_blank, look_swapped
 from data_prep.textio import language_pair, read_lines
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
+from xmoe_fairseq.files import open_aside
 
 MAX_LISTED = 10
+# The first lines of each side tell whether the sides are swapped.
+SAMPLE_LINES = 400
+# More repeated pairs than this share of a held-out text are a mistake, not chance.
+MAX_OVERLAP = 0.5
 # Characters at which str.splitlines, and tools built on it, break a line that is one line to fairseq.
 _LINE_BREAKERS = {
     "\x00": "NUL",
@@ -74,6 +82,7 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
     mend = f"python -m data_prep.clean --pair {source}-{target} --input {prefix} --output {prefix}.clean"
     counts = [0, 0]
     crlf_told: set[Path] = set()
+    sample: tuple[list[str], list[str]] = ([], [])
     with paths[0].open("rb") as source_file, paths[1].open("rb") as target_file:
         for pair in itertools.zip_longest(read_lines(source_file), read_lines(target_file)):
             for side, (path, raw) in enumerate(zip(paths, pair, strict=True)):
@@ -81,6 +90,8 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
                     continue
                 counts[side] += 1
                 check_line(report, path, counts[side], raw, max_chars, mend, crlf_told)
+                if counts[side] <= SAMPLE_LINES:
+                    sample[side].append(raw.decode(errors="ignore"))
     report.lines = min(counts)
     if counts[0] != counts[1]:
         shorter = paths[counts[0] > counts[1]].name
@@ -89,7 +100,47 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
             f"line N translating line N; look for a lost or split line, {shorter} being the shorter side, "
             "and export both sides together again"
         )
+    if not report.total and look_swapped(sample, (source, target)):
+        report.add(
+            f"{paths[0]} looks like {target} and {paths[1]} like {source}: the languages are swapped; "
+            f"rename the files, or give --pair {target}-{source}"
+        )
     return report
+
+
+@dataclass
+class Overlap:
+    """How much of a held-out text occurs in other text: lines, and pairs and source lines of it found there."""
+
+    lines: int
+    pairs: int
+    sources: int
+
+
+def overlaps(prefixes: Sequence[str], held_out: Sequence[str], source: str, target: str) -> dict[str, Overlap]:
+    """For each held-out text: how many of its lines ``prefixes`` hold too, white space at the ends aside."""
+    wanted = {pair for prefix in held_out for pair in _pairs(prefix, source, target)}
+    wanted_sources = {pair[0] for pair in wanted}
+    found, found_sources = set[tuple[bytes, bytes]](), set[bytes]()
+    for prefix in prefixes:
+        for pair in _pairs(prefix, source, target):
+            if pair[0] in wanted_sources:
+                found_sources.add(pair[0])
+                if pair in wanted:
+                    found.add(pair)
+    results = {}
+    for prefix in held_out:
+        pairs = list(_pairs(prefix, source, target))
+        results[prefix] = Overlap(
+            len(pairs), sum(pair in found for pair in pairs), sum(pair[0] in found_sources for pair in pairs)
+        )
+    return results
+
+
+def _pairs(prefix: str, source: str, target: str) -> Iterator[tuple[bytes, bytes]]:
+    with side_path(prefix, source).open("rb") as source_file, side_path(prefix, target).open("rb") as target_file:
+        for pair in zip(source_file, target_file, strict=False):
+            yield pair[0].strip(), pair[1].strip()
 
 
 def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
@@ -127,8 +178,10 @@ def check_line(
             f"convert with iconv -f OLD_ENCODING -t UTF-8, or drop such lines by: {mend}"
         )
         return
-    if not text.strip():
-        report.add(f"{where}: empty line; every line needs text on both sides; dropped by: {mend}")
+    if is_blank(text):
+        report.add(
+            f"{where}: empty line, or nothing visible in it; every line needs text on both sides; dropped by: {mend}"
+        )
     if match := _BREAKER.search(text):
         report.add(
             f"{where}: {_LINE_BREAKERS[match[0]]} at character {match.start() + 1}; a line may hold NUL and "
@@ -147,8 +200,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.flag("--pair", type=language_pair, required=True)
     parser.add_argument("--max-chars", type=at_least(1), default=10_000, help="longest line (default 10000)")
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT")
-    return parser.parse_args(argv)
+    parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT")
+    held_out_help = "development and test texts: checked, too, and how much of them the others repeat"
+    parser.add_argument("--held-out", nargs="+", default=[], metavar="PREFIX", help=held_out_help)
+    parser.add_argument("--json", metavar="FILE", help="write how much the held-out texts overlap with the others")
+    args = parser.parse_args(argv)
+    if not args.prefixes + args.held_out:
+        parser.error("give at least one PREFIX")
+    return args
 
 
 @reports_errors("validate")
@@ -156,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     source, target = args.pair
     valid = True
-    for prefix in args.prefixes:
+    for prefix in [*args.prefixes, *args.held_out]:
         report = validate(prefix, source, target, max_chars=args.max_chars)
         if not report.total:
             print(f"{prefix}.{{{source},{target}}}: {report.lines} valid pairs of lines")
@@ -169,7 +228,31 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"validate: error: {prefix}: {report.total - MAX_LISTED} more problems not listed",
                 file=sys.stderr,
             )
+    if valid and args.held_out:
+        valid = _tell_overlaps(args)
     return 0 if valid else 1
+
+
+def _tell_overlaps(args: argparse.Namespace) -> bool:
+    """Print and write what `overlaps` finds. Returns: whether it is little enough."""
+    found = overlaps(args.prefixes, args.held_out, *args.pair)
+    if args.json:
+        content = [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()]
+        with open_aside([Path(args.json)]) as (file,):
+            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    few = True
+    for prefix, overlap in found.items():
+        if not overlap.sources:
+            continue
+        is_little = overlap.pairs <= MAX_OVERLAP * overlap.lines
+        few = few and is_little
+        print(
+            f"validate: {'warning' if is_little else 'error'}: {overlap.pairs} of {overlap.lines} pairs of {prefix} "
+            f"are in the training text ({overlap.sources} by their source): scores on them say little; take them out "
+            f"of it with xmoe prepare clean --exclude {prefix}",
+            file=sys.stderr,
+        )
+    return few
 
 
 if __name__ == "__main__":

@@ -251,37 +251,40 @@ refuse_change() { # refuse_change STAGE DIFFERENCES
 # stages that stop instead when these differ, for what others build on. When a stage runs, all later ones run too, and
 # the files in the array `results` go when a stage after the first one and up to `results_stage` starts: they tell of
 # an older run.
+# A function signal_NAME SIGNAL PID, if there is one, passes signals on to the stage's processes.
 settled=() way_out=''
 stage() { # stage NAME FUNCTION [SETTING=VALUE]... -- INPUT_FILE...
-    local name=$1 function=$2 now stamp=$out/.stages/$1 again=''
+    local _name=$1 _function=$2 _now _stamp=$out/.stages/$1 _again='' _way
     shift 2
     if [[ -n $dry_run ]]; then
-        printf '\n# %s\n' "$name"
-        "$function"
+        printf '\n# %s\n' "$_name"
+        "$_function"
         return
     fi
-    current_stage=$name
-    now=$(signature "$@")
-    if [[ -f $stamp && $(<"$stamp") == "$now" ]]; then
-        log "$name: kept"
+    current_stage=$_name
+    _now=$(signature "$@")
+    if [[ -f $_stamp && $(<"$_stamp") == "$_now" ]]; then
+        log "$_name: kept"
         current_stage=''
         return
     fi
-    if [[ -f $stamp && " ${settled[*]-} " == *" $name "* ]]; then
+    if [[ -f $_stamp && " ${settled[*]-} " == *" $_name "* ]]; then
         current_stage=''
-        refuse_change "$name" "$(signature_differences "$(<"$stamp")" "$now")"
+        refuse_change "$_name" "$(signature_differences "$(<"$_stamp")" "$_now")"
     fi
-    [[ ! -f $stamp.started || $(<"$stamp.started") != "$now" ]] || again=re
-    log "$name: ${again}start"
-    rm -f "$stamp"
-    if [[ $name != "${stages[0]}" && " ${stages[*]} " == *" $name "*"$results_stage "* || $name == "$results_stage" ]]; then
+    [[ ! -f $_stamp.started || $(<"$_stamp.started") != "$_now" ]] || _again=re
+    log "$_name: ${_again}start"
+    rm -f "$_stamp"
+    if [[ $_name != "${stages[0]}" && " ${stages[*]} " == *" $_name "*"$results_stage "* || $_name == "$results_stage" ]]; then
         rm -f ${results[@]+"${results[@]}"}
     fi
     mkdir -p "$out/.stages"
-    printf '%s\n' "$now" >"$stamp.started"
-    pass_signals group "$function"
-    forget_stages_after "$name"
-    mv -f "$stamp.started" "$stamp"
+    printf '%s\n' "$_now" >"$_stamp.started"
+    _way=group
+    ! declare -F "signal_$_name" >/dev/null || _way=signal_$_name
+    pass_signals "$_way" "$_function"
+    forget_stages_after "$_name"
+    mv -f "$_stamp.started" "$_stamp"
     current_stage=''
 }
 
@@ -292,23 +295,24 @@ stage() { # stage NAME FUNCTION [SETTING=VALUE]... -- INPUT_FILE...
 #   leader    COMMAND itself, which passes it on
 #   NAME      a function NAME SIGNAL PID, which decides
 pass_signals() { # pass_signals HOW COMMAND...
-    local how=$1 pid code=0 signal='' received=''
+    # COMMAND may be a function of the script, which must not see these names in place of its own.
+    local _how=$1 _pid _code=0 _signal='' _received=''
     shift
     set -m # a process group of its own; bash would let other background commands ignore SIGINT, which fairseq uses
     "$@" </dev/null &
     set +m
-    pid=$!
-    for signal in USR1 TERM INT; do
+    _pid=$!
+    for _signal in USR1 TERM INT; do
         # shellcheck disable=SC2064 # the process is that of now
-        trap "received=$signal; deliver $how $signal $pid" "$signal"
+        trap "_received=$_signal; deliver $_how $_signal $_pid" "$_signal"
     done
-    while wait "$pid" && code=0 || code=$?; do
-        kill -0 "$pid" 2>/dev/null || break # a signal ends `wait` early
+    while wait "$_pid" && _code=0 || _code=$?; do
+        kill -0 "$_pid" 2>/dev/null || break # a signal ends `wait` early
     done
     trap - USR1 TERM INT
-    [[ $received != USR1 ]] || exit "$SAVED"
-    [[ -z $received || $code != 0 ]] || exit 143
-    return "$code"
+    [[ $_received != USR1 ]] || return "$SAVED"
+    [[ -z $_received || $_code != 0 ]] || return 143
+    return "$_code"
 }
 
 deliver() { # deliver HOW SIGNAL PID

@@ -16,8 +16,12 @@ OUT/scores.json and OUT/report.md; lay the cells beside the paper's with python 
   --out DIR             the run (default: runs/wmt23/SRC-en/NAME/seedN)
   --raw DIR             take DIR/{train,valid,test}.{SRC,en} as they are instead of downloading
   --test-set NAME       what the test set of --raw is, kept in scores.json (default: test)
-  --recipes WHAT        passed to data_prep/download_wmt23.sh
-  --language-id NAME    py3langid (default; needs pip install py3langid==0.4.0) or none, for cleaning
+  --recipes WHAT, --without NAME, --with-back-translation
+                        passed to data_prep/download_wmt23.sh
+  --language-id NAME    py3langid (default) or none, for cleaning
+  --max-pairs N         clean pairs to train on, drawn evenly at random (default: those of the paper's Table 4, 10 or 30
+                        million; with --raw all); 0: all
+  --sample-seed N       seed of this draw (default: 1)
   --vocab-size N        joint subwords (default: 32000)
   --configs DIR         other sizes, such as train_configs/small (default: train_configs/wmt23)
   --average WHICH:N     checkpoints to average: best:N (default: best:5) by validation loss, or last:N
@@ -47,9 +51,10 @@ TEXT
 pair='' method='' gpus=4 seed=1 data='' run_out='' raw='' test_set='' recipes='' language_id=py3langid
 vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(num_cores) model_overrides='{}'
 average=best:5 settings=() data_only='' restart='' restart_data=''
-flags=(pair method gpus seed data out:run_out raw test-set recipes language-id vocab-size configs average
-    'set:settings[]' model-overrides launcher workers)
-switches=(dry-run data-only restart restart-data)
+max_pairs='' sample_seed=1 without=() with_back_translation=''
+flags=(pair method gpus seed data out:run_out raw test-set recipes 'without:without[]' language-id max-pairs sample-seed
+    vocab-size configs average 'set:settings[]' model-overrides launcher workers)
+switches=(dry-run data-only restart restart-data with-back-translation)
 
 list_methods() {
     local file names=''
@@ -59,6 +64,8 @@ list_methods() {
 
 read_flags "$@"
 configs=$(absolute "$configs")
+
+table4_pairs() { awk -F '\t' -v pair="$pair" '$1 == pair && $2 == "pairs" { print $3 }' "$root/data_prep/wmt23.tsv"; }
 
 check_arguments() {
     [[ -n $pair && -n $method$data_only ]] || die '--pair and --method are needed; see --help' 2
@@ -72,16 +79,21 @@ check_arguments() {
     need_whole_number --seed "$seed" 0
     need_whole_number --vocab-size "$vocab_size" 1
     need_whole_number --workers "$workers" 1
+    need_whole_number --sample-seed "$sample_seed" 0
+    [[ -z $raw ]] || max_pairs=${max_pairs:-0}
+    max_pairs=${max_pairs:-$(table4_pairs)}
+    need_whole_number --max-pairs "$max_pairs" 0
     [[ $language_id == py3langid || $language_id == none ]] ||
         die "--language-id is py3langid or none, got '$language_id'" 2
-    [[ -z $raw || -z $recipes ]] || die '--raw replaces the download; leave out --recipes' 2
+    [[ -z $raw || -z $recipes$with_back_translation${without[*]-} ]] ||
+        die '--raw replaces the download; leave out --recipes, --without and --with-back-translation' 2
 }
 
 # What would fail only after hours of downloading or cleaning.
 check_machine() {
     local seen
     if [[ $language_id == py3langid ]] && ! python -c 'import py3langid' 2>/dev/null; then
-        die 'py3langid is missing: pip install py3langid==0.4.0, or --language-id none'
+        die 'py3langid is missing: run scripts/setup.sh, or give --language-id none'
     fi
     [[ -z $launcher && -z $data_only && $gpus != 0 ]] || return 0
     seen=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -104,26 +116,49 @@ clean_text() {
         --exclude "$raw/valid" "$raw/test" --language-id "$language_id" --workers "$workers"
 }
 
+sample_text() {
+    run python -m data_prep.sample --pair "$pair" --input "$data/clean/train" --out "$data/sample/train" \
+        --max-pairs "$max_pairs" --seed "$sample_seed"
+}
+
 learn_subwords() {
     run python -m data_prep.subwords learn --vocab-size "$vocab_size" --out "$data/subwords" \
-        --inputs "$data/clean/train.$source_language" "$data/clean/train.en"
+        --inputs "$train_text.$source_language" "$train_text.en"
 }
 
 binarise() {
-    run bash "$root/data_prep/binarise.sh" --pair "$pair" --train "$data/clean/train" --valid "$raw/valid" \
+    run bash "$root/data_prep/binarise.sh" --pair "$pair" --train "$train_text" --valid "$raw/valid" \
         --test "$raw/test" --subwords "$data/subwords" --out "$data/bin" --workers "$workers"
 }
 
+download() {
+    local corpus command=(bash "$root/data_prep/download_wmt23.sh" --pair "$pair" --out "$data")
+    [[ -z $recipes ]] || command+=(--recipes "$recipes")
+    [[ -z $with_back_translation ]] || command+=(--with-back-translation)
+    for corpus in ${without[@]+"${without[@]}"}; do command+=(--without "$corpus"); done
+    if [[ -n $dry_run ]]; then
+        run "${command[@]}"
+    else
+        pass_signals leader "${command[@]}"
+    fi
+}
+
 prepare_data() {
-    local raw_files clean_files=("$data/clean/train.$source_language" "$data/clean/train.en")
+    local raw_files train_files
     if [[ -z $raw ]]; then
         raw=$data/raw
-        run bash "$root/data_prep/download_wmt23.sh" --pair "$pair" --out "$data" ${recipes:+--recipes "$recipes"}
+        download
     fi
     raw_files=("$raw"/{train,valid,test}."$source_language" "$raw"/{train,valid,test}.en)
     stage clean clean_text "pair=$pair" "language_id=$language_id" -- "${raw_files[@]}"
-    stage subwords learn_subwords "vocab_size=$vocab_size" -- "${clean_files[@]}"
-    stage binarise binarise "pair=$pair" -- "${raw_files[@]}" "${clean_files[@]}" "$data/subwords/dict.txt"
+    train_text=$data/clean/train
+    if ((max_pairs > 0)); then
+        stage sample sample_text "max_pairs=$max_pairs" "sample_seed=$sample_seed" -- "$train_text.$source_language" "$train_text.en"
+        train_text=$data/sample/train
+    fi
+    train_files=("$train_text.$source_language" "$train_text.en")
+    stage subwords learn_subwords "vocab_size=$vocab_size" -- "${train_files[@]}"
+    stage binarise binarise "pair=$pair" -- "${raw_files[@]}" "${train_files[@]}" "$data/subwords/dict.txt"
 }
 
 # On one machine the ranks need no network: they meet and talk on the loopback interface.
@@ -186,7 +221,7 @@ use_environment
 set_update_freq
 # Read by lib.sh: the stages here are those of the data.
 # shellcheck disable=SC2034
-out=$data stages=(clean subwords binarise) settled=(clean subwords binarise) results=()
+out=$data stages=(clean sample subwords binarise) settled=(clean sample subwords binarise) results=()
 way_out="add --restart-data, which renames $data and begins anew"
 cd "$root"
 if [[ -n $dry_run ]]; then

@@ -35,6 +35,8 @@ def run(tmp_path, pairs, *flags):
     ("rule", "pair", "flags"),
     [
         ("empty", ("  ", "nothing there"), []),
+        ("empty", ("\u200e", "a mark of direction alone"), []),
+        ("empty", ("щось", "\u2060\ufe0f \u3164"), []),
         ("control", ("знак \x07 дзвоника", "a bell sign"), []),
         ("control", ("знак \ufffd заміни", "a replacement sign"), []),
         ("length", ("слово " * 201, "word " * 201), []),

@@ -1,5 +1,7 @@
 """Every problem of raw parallel text gets its own error: file, line, value, what is allowed, the way out."""
 
+import json
+
 import pytest
 
 from data_prep import validate as module
@@ -101,3 +103,55 @@ def test_bad_pairs_exit_with_2(pair, capsys):
         module.main(["--pair", pair, "text"])
     assert exit_info.value.code == 2
     assert "argument --pair" in capsys.readouterr().err
+
+
+def test_a_line_in_which_nothing_can_be_seen_is_empty(tmp_path):
+    (problem,) = problems(tmp_path, "ok\n\u200e\n".encode())
+    assert "text.uk:2: empty line, or nothing visible in it" in problem
+
+
+DEUTSCH = "Das ist der Hund, der mit der Katze in dem Garten spielt.\n"
+ENGLISH = "This is the dog that plays with the cat in the garden.\n"
+
+
+@pytest.mark.parametrize(
+    ("pair", "source", "target", "swapped"),
+    [
+        ("uk-en", "Це собака\n", "This is a dog\n", False),
+        ("uk-en", "This is a dog\n", "Це собака\n", True),
+        ("uk-en", "Mozilla Firefox\n", "Mozilla Firefox\n", False),
+        ("uk-en", "1984\n", "1984\n", False),
+        ("zh-en", "They left.\n", "他们走了。\n", True),
+        ("de-en", DEUTSCH, ENGLISH, False),
+        ("de-en", ENGLISH, DEUTSCH, True),
+        ("xx-en", ENGLISH, DEUTSCH, False),
+    ],
+)
+def test_swapped_languages_are_noticed(tmp_path, capsys, pair, source, target, swapped):
+    for code, text in zip(pair.split("-"), (source, target), strict=True):
+        (tmp_path / f"text.{code}").write_text(text * 30, encoding="utf-8")
+    assert module.main(["--pair", pair, str(tmp_path / "text")]) == int(swapped)
+    error = capsys.readouterr().err
+    assert ("the languages are swapped" in error) == swapped
+    assert (f"give --pair en-{pair[:2]}" in error) == swapped
+
+
+def test_held_out_pairs_in_the_training_text_are_counted(tmp_path, capsys):
+    texts = {"train": [("один", "one"), ("два", "two"), ("три", "three")], "test": [("два", "two"), ("три", "3")]}
+    texts |= {"same": [("один", "one"), ("два", "two"), ("п'ять", "five")], "new": [("шість", "six")]}
+    for name, pairs in texts.items():
+        for side, code in enumerate(("uk", "en")):
+            (tmp_path / f"{name}.{code}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
+    prefixes = {name: str(tmp_path / name) for name in texts}
+    out = tmp_path / "overlap.json"
+    arguments = ["--pair", "uk-en", prefixes["train"], "--json", str(out), "--held-out"]
+    assert module.main([*arguments, prefixes["test"], prefixes["new"]]) == 0
+    error = capsys.readouterr().err
+    assert f"warning: 1 of 2 pairs of {prefixes['test']} are in the training text (2 by their source)" in error
+    assert "new" not in error
+    assert json.loads(out.read_text()) == [
+        {"text": prefixes["test"], "lines": 2, "pairs": 1, "sources": 2},
+        {"text": prefixes["new"], "lines": 1, "pairs": 0, "sources": 0},
+    ]
+    assert module.main([*arguments, prefixes["same"]]) == 1
+    assert "error: 2 of 3 pairs" in capsys.readouterr().err
