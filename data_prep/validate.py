@@ -8,6 +8,7 @@ import argparse
 import itertools
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -79,7 +80,9 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
             report.add(problem)
     if report.total:
         return report
-    mend = f"python -m data_prep.clean --pair {source}-{target} --input {prefix} --output {prefix}.clean"
+    mend = shlex.join(
+        ["xmoe", "prepare", "clean", "--pair", f"{source}-{target}", "--input", str(prefix), "--out", f"{prefix}.clean"]
+    )
     counts = [0, 0]
     crlf_told: set[Path] = set()
     sample: tuple[list[str], list[str]] = ([], [])

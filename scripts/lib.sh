@@ -325,6 +325,21 @@ deliver() { # deliver HOW SIGNAL PID
 
 SAVED=75 # exit code: interrupted, the state is saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 
+# For a SLURM job: runs COMMAND, which gets the signal that precedes the time limit, and queues the job again if COMMAND
+# ended by it. A job that never ends would be queued for ever, hence the limit.
+run_and_requeue() { # run_and_requeue COMMAND...
+    local word words=() code=0 times=${SLURM_RESTART_COUNT:-0} most=${XMOE_MAX_REQUEUES:-50}
+    for word; do # what was begun anew once is continued from then on
+        [[ $word == --restart* && $times != 0 ]] || words+=("$word")
+    done
+    pass_signals leader "${words[@]}" || code=$?
+    if ((code == SAVED && times < most)); then
+        log "saved; queued again ($((times + 1)) of at most $most times)"
+        scontrol requeue "${SLURM_JOB_ID:?not a SLURM job}"
+    fi
+    exit "$code"
+}
+
 report_failed_stage() { # for: trap report_failed_stage EXIT
     local code=$?
     if ((code == SAVED)); then

@@ -189,13 +189,56 @@ check_training() { # check_training [FLAG...]: flags of eval.run.training_settin
     return "$code"
 }
 
+# Paths and --set, a line each, quoted for hydra.
+training_words() {
+    python -m eval.run.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
+        --text "common.user_dir=$user_dir" --text "hydra.run.dir=$out/hydra" ${overrides[@]+"${overrides[@]/#/--set=}"}
+}
+
+# A training that a signal stopped leaves this file beside its checkpoint; torchrun gives out other codes than its ranks.
+stopped_by_signal=$checkpoints/stopped-by-signal
+
+# Any rank will do: they agree to save and to end. torchrun itself would not survive USR1, and gives its ranks too
+# little time after TERM. Ranks that still load their data do not listen yet, so the signal is repeated.
+signal_train() { # signal_train SIGNAL PID
+    local save_dir_word rank
+    if [[ $1 == INT || ! -r /proc/self/cmdline ]]; then
+        kill -"${1/USR1/TERM}" -- "-$2" 2>/dev/null || true
+        return
+    fi
+    save_dir_word=$(training_words | sed -n 2p)
+    while kill -0 "$2" 2>/dev/null; do
+        for rank in $(training_ranks); do kill -USR1 "$rank" 2>/dev/null || true; done
+        sleep 5
+    done &
+}
+
+# The processes on this machine that train into $checkpoints, without the loading processes they forked; where
+# fairseq-hydra-train itself started a process a GPU, those.
+training_ranks() {
+    local place pid words ranks=() parents=()
+    for place in /proc/[0-9]*; do
+        { mapfile -d '' -t words <"$place/cmdline"; } 2>/dev/null || continue
+        if [[ ${words[1]-} == */fairseq-hydra-train && " ${words[*]} " == *" $save_dir_word "* ]]; then
+            ranks+=("${place#/proc/}")
+        fi
+    done
+    for pid in ${ranks[@]+"${ranks[@]}"}; do
+        parents+=("$(ps -o ppid= -p "$pid" | tr -d ' ')")
+    done
+    for place in "${!ranks[@]}"; do
+        pid=${ranks[place]}
+        [[ " ${ranks[*]} " != *" ${parents[place]} "* ]] || continue
+        pgrep -P "$pid" -f 'multiprocessing.*spawn_main' || printf '%s\n' "$pid"
+    done
+}
+
 # Without update_epoch_batch_itr fairseq keeps the batches of the epoch in which its process started, and a training
 # that continues in a later epoch sees others than one that was never interrupted.
 train_model() {
-    local words state command=(${launcher[@]+"${launcher[@]}"}
+    local words state code=0 command=(${launcher[@]+"${launcher[@]}"}
         fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)")
-    words=$(python -m eval.run.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
-        --text "common.user_dir=$user_dir" --text "hydra.run.dir=$out/hydra" ${overrides[@]+"${overrides[@]/#/--set=}"})
+    words=$(training_words)
     mapfile -t words <<<"$words"
     command+=("${words[@]:0:4}" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
         ++common.seed="$seed" ++common.log_format=json ++dataset.update_epoch_batch_itr=true
@@ -213,7 +256,14 @@ train_model() {
     fi
     [[ $state != fresh* ]] || set_aside "$training_log" # of a training that left no checkpoint
     git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' >"$checkpoints/commit.txt" 2>/dev/null || true
-    "${command[@]}" 2>&1 | python -m eval.run.training_log --log "$training_log"
+    rm -f "$stopped_by_signal"
+    trap '' USR1 # torchrun ends by it; the ranks listen all the same
+    "${command[@]}" 2>&1 | python -m eval.run.training_log --log "$training_log" || code=$?
+    trap - USR1
+    if ((code)); then
+        [[ ! -f $stopped_by_signal ]] || return "$SAVED"
+        return "$code"
+    fi
     [[ -f $checkpoints/checkpoint_last.pt ]] || die "the training left no checkpoint in $checkpoints; see $training_log"
 }
 

@@ -31,6 +31,7 @@ OUT/scores.json and OUT/report.md; lay the cells beside the paper's with python 
                         with several GPUs: torchrun on this machine, its ranks meeting on the loopback interface)
   --workers N           processes of cleaning and binarising (default: the number of cores)
   --data-only           prepare the data and stop; needs no GPU and no --method
+  --prepared            stop if the data are not ready, instead of preparing them while GPUs wait
   --restart             rename OUT to OUT.1 (or .2, ...) and train anew; nothing is deleted
   --restart-data        likewise for the data
   --dry-run             print the commands, ready to be copied, and run nothing
@@ -50,11 +51,11 @@ TEXT
 
 pair='' method='' gpus=4 seed=1 data='' run_out='' raw='' test_set='' recipes='' language_id=py3langid
 vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(num_cores) model_overrides='{}'
-average=best:5 settings=() data_only='' restart='' restart_data=''
+average=best:5 settings=() data_only='' prepared='' restart='' restart_data=''
 max_pairs='' sample_seed=1 without=() with_back_translation=''
 flags=(pair method gpus seed data out:run_out raw test-set recipes 'without:without[]' language-id max-pairs sample-seed
     vocab-size configs average 'set:settings[]' model-overrides launcher workers)
-switches=(dry-run data-only restart restart-data with-back-translation)
+switches=(dry-run data-only prepared restart restart-data with-back-translation)
 
 list_methods() {
     local file names=''
@@ -147,7 +148,7 @@ prepare_data() {
     local raw_files train_files
     if [[ -z $raw ]]; then
         raw=$data/raw
-        download
+        [[ -n $prepared ]] || download
     fi
     raw_files=("$raw"/{train,valid,test}."$source_language" "$raw"/{train,valid,test}.en)
     stage clean clean_text "pair=$pair" "language_id=$language_id" -- "${raw_files[@]}"
@@ -191,6 +192,12 @@ train_and_score() {
     log "beside the paper: python -m eval.table --cell $method $pair $run_out/scores.json"
 }
 
+check_prepared() {
+    [[ -z $data_only$restart_data ]] || die '--prepared takes the data as they are; leave out --data-only and --restart-data' 2
+    [[ -n $dry_run || -f $data/.stages/binarise ]] ||
+        die "--prepared: the data in $data are not ready; first run the same command with --data-only instead (no GPU needed)"
+}
+
 prepare_data_alone() { # the cells of a pair that start together wait for the first
     mkdir -p "$data/.stages"
     if command -v flock >/dev/null; then
@@ -217,6 +224,7 @@ data=$(absolute "${data:-$root/runs/wmt23/$pair/data}")
 run_out=$(absolute "${run_out:-$root/runs/wmt23/$pair/$method/seed$seed}")
 [[ -z $raw ]] || raw=$(absolute "$raw")
 [[ -z $recipes || $recipes == *://* ]] || recipes=$(absolute "$recipes")
+[[ -z $prepared ]] || check_prepared
 use_environment
 set_update_freq
 # Read by lib.sh: the stages here are those of the data.

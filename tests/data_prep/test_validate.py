@@ -56,7 +56,7 @@ def test_unequal_counts_say_both(tmp_path):
 def test_each_bad_line_gets_its_error(tmp_path, source, expected):
     (problem,) = problems(tmp_path, source)
     assert expected in problem
-    assert "data_prep.clean --pair uk-en" in problem
+    assert "xmoe prepare clean --pair uk-en" in problem
 
 
 def test_over_long_line_names_length_and_limit(tmp_path):
@@ -107,7 +107,7 @@ def test_bad_pairs_exit_with_2(pair, capsys):
 
 def test_a_line_in_which_nothing_can_be_seen_is_empty(tmp_path):
     (problem,) = problems(tmp_path, "ok\n\u200e\n".encode())
-    assert "text.uk:2: empty line, or nothing visible in it" in problem
+    assert "text.uk:2: no visible character; every line needs text on both sides" in problem
 
 
 DEUTSCH = "Das ist der Hund, der mit der Katze in dem Garten spielt.\n"

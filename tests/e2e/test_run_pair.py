@@ -264,7 +264,8 @@ def test_a_longer_training_continues_and_an_interruption_too(life):
     starts = [int(found) for found in re.findall(r"Loaded checkpoint .*@ (\d+) updates", seen["log"])]
     assert starts[0] == 40
     assert len(starts) == 2
-    assert 40 < starts[1] < 200
+    (stopped,) = re.findall(r"stopped by a signal at update (\d+), saved", seen["log"])
+    assert 40 < starts[1] == int(stopped) < 200
 
 
 def test_a_restart_renames_the_old_run(life):

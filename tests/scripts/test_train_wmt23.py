@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SBATCH = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
+TRAINING_JOBS = [path for path in SBATCH if path.name != "data.sbatch"]
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +39,8 @@ def test_a_cell_goes_from_the_download_to_the_score(tmp_path):
     parts = (
         f"download_wmt23.sh --pair uk-en --out {tmp_path}/data",
         "python -m data_prep.clean",
+        "python -m data_prep.sample",
+        "--max-pairs 10000000 --seed 1",
         "python -m data_prep.subwords learn --vocab-size 32000",
         "data_prep/binarise.sh",
         "torchrun --nnodes=1 --nproc-per-node=4",
@@ -53,12 +59,12 @@ def test_a_cell_goes_from_the_download_to_the_score(tmp_path):
     assert "update_freq" not in printed, "the YAML is for 4 GPUs"
 
 
-@pytest.mark.parametrize(("gpus", "update_freq"), [("1", 32), ("2", 16), ("8", 4), ("32", 1)])
+@pytest.mark.parametrize(("gpus", "update_freq"), [("0", 32), ("1", 32), ("2", 16), ("8", 4), ("32", 1)])
 def test_other_numbers_of_gpus_keep_the_tokens_of_an_update(tmp_path, gpus, update_freq):
     printed = cell(tmp_path, "--gpus", gpus, pair="de-en", method="dense")
     assert f"++optimization.update_freq=\\[{update_freq}\\]" in printed
-    assert f"++distributed_training.distributed_world_size={gpus}" in printed
-    assert ("torchrun" in printed) == (gpus != "1")
+    assert (f"++distributed_training.distributed_world_size={gpus}" in printed) == (gpus != "0")
+    assert ("torchrun" in printed) == (int(gpus) > 1)
     assert "--test-set wmt22" in printed
 
 
@@ -80,6 +86,8 @@ def test_own_text_is_neither_downloaded_nor_passed_off_as_the_papers_test(tmp_pa
         ("--pair uk-en --method dense --gpus 3", "an update has 32 batches, which 3 GPUs cannot share"),
         ("--pair uk-en --method dense --language-id fasttext", "--language-id is py3langid or none, got 'fasttext'"),
         ("--pair uk-en --method dense --raw x --recipes y", "--raw replaces the download; leave out --recipes"),
+        ("--pair uk-en --method dense --raw x --without y", "--raw replaces the download"),
+        ("--pair uk-en --data-only --prepared", "--prepared takes the data as they are"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -122,10 +130,66 @@ def test_jobs_train_on_all_their_gpus(tmp_path):
         "SLURM_GPUS_ON_NODE": "2",
         "SLURM_CPUS_PER_TASK": "8",
     }
-    one, several = (run(script, "--pair", "uk-en", "--method", "dense", "--dry-run", **job) for script in SBATCH)
+    one, several = (run(script, "--pair", "uk-en", "--method", "dense", "--dry-run", **job) for script in TRAINING_JOBS)
     assert (one.returncode, one.stderr) == (several.returncode, several.stderr) == (0, "")
     assert "torchrun --nnodes=1 --nproc-per-node=2" in one.stdout
     launcher = "srun --nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun --nnodes=2 --nproc-per-node=2"
     assert launcher in several.stdout
     assert "--rdzv-endpoint=node1:21234" in several.stdout
     assert "++distributed_training.distributed_world_size=4" in several.stdout
+
+
+def test_the_cell_passes_on_what_the_translation_and_the_download_take(tmp_path):
+    printed = cell(
+        tmp_path, "--model-overrides", "{'moe_threshold': 0.7}", "--without", "A-b-1-eng-ukr", "--max-pairs", "0"
+    )
+    assert "--without A-b-1-eng-ukr" in printed
+    assert "--model-overrides \\{\\'moe_threshold\\':\\ 0.7\\}" in printed
+    assert "data_prep.sample" not in printed
+
+
+def test_data_alone_need_no_method_and_train_nothing(tmp_path):
+    script = ROOT / "scripts" / "train_wmt23.sh"
+    printed = run(script, "--pair", "uk-en", "--data-only", "--dry-run", "--data", tmp_path / "data")
+    assert printed.returncode == 0, printed.stderr
+    assert "data_prep/binarise.sh" in printed.stdout
+    assert "fairseq-hydra-train" not in printed.stdout
+    refused = run(script, "--pair", "uk-en", "--method", "dense", "--prepared", "--data", tmp_path / "data")
+    assert (refused.returncode, "are not ready; first run" in refused.stderr) == (1, True)
+
+
+TRAINER = """
+echo "$*" >"$CALLS"
+trap 'exit 75' USR1
+touch "$READY"
+while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(("restarts", "queued"), [("0", True), ("50", False)])
+def test_a_job_near_its_time_limit_saves_and_is_queued_again(tmp_path, restarts, queued):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "lib.sh", tmp_path / "scripts")
+    (tmp_path / "scripts" / "train_wmt23.sh").write_text(TRAINER)
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/requeued\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_RESTART_COUNT": restarts,
+    }
+    places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": f"{tmp_path}/calls", "READY": f"{tmp_path}/ready"}
+    process = subprocess.Popen(
+        ["bash", ROOT / "scripts" / "slurm" / "one_node.sbatch", "--pair", "uk-en", "--restart"],
+        env=os.environ | job | places,
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=20) == 75
+    assert (tmp_path / "requeued").exists() == queued
+    # a new start is asked for once: the job that is queued again continues
+    assert ("--restart" in (tmp_path / "calls").read_text()) == (restarts == "0")
+    if queued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
