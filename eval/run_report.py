@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from eval.run.training_log import Record, last_figures, read_records
+from eval.run.training_log import LAYER_FIGURE, Record, last_figures, layer_order, read_records
 from eval.score import format_table
 from eval.text import files
 from xmoe_fairseq.checkpoints.structure import count_parameters
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
-_LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
 _PACKAGES = ("torch", "fairseq-fixed", "fairseq", "sacrebleu", "sentencepiece", "subword-nmt")
 _WHAT = {
@@ -45,13 +44,12 @@ def routing_figures(figures: dict[str, float]) -> dict[str, Any]:
     overall: dict[str, float] = {}
     layers: dict[str, dict[str, float]] = {}
     for key, value in figures.items():
-        if found := _LAYER_KEY.fullmatch(key):
+        if found := LAYER_FIGURE.fullmatch(key):
             side, index, figure = found.groups()
             layers.setdefault(f"{side} {index}", {})[figure] = value
         elif key.startswith("moe_"):
             overall[key.removeprefix("moe_")] = value
-    in_order = sorted(layers, key=lambda name: (name.split()[0] != "encoder", int(name.split()[1])))
-    return {"overall": overall, "layers": {name: layers[name] for name in in_order}}
+    return {"overall": overall, "layers": {name: layers[name] for name in sorted(layers, key=layer_order)}}
 
 
 def training_figures(records: Sequence[Record]) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from eval.page.chart import DASHES, MOST_LAYERED, Figure, bar, figure_of, line, name_among
 from eval.run.record import Run
+from eval.run.training_log import layer_order
 
 
 def learning_curves(runs: Sequence[Run]) -> Figure:
@@ -71,25 +73,25 @@ def load_variation(runs: Sequence[Run]) -> Figure:
 
 
 def _per_layer(runs: Sequence[Run], key: str, title: str, figure: str, unit: str, caption: str) -> Figure:
-    traces = []
-    for number, run in enumerate(runs):
-        layers = run.layers
-        if layers:
-            values = [layer[figure] for layer in layers.values()]
-            traces.append(bar(run.name, list(layers), values, number))
+    traces = _bars(runs, lambda run: {label: layer[figure] for label, layer in run.layers.items()})
     return figure_of(key, title, caption, traces, "layer", unit)
+
+
+def _bars(runs: Sequence[Run], values_of: Callable[[Run], dict[str, float]]) -> list[dict[str, Any]]:
+    """A trace for each run that has values: label -> height, in their order."""
+    named = [(number, run.name, values_of(run)) for number, run in enumerate(runs)]
+    return [bar(name, list(values), list(values.values()), number) for number, name, values in named if values]
 
 
 def positive_share(runs: Sequence[Run]) -> Figure:
     """The paper's Fig 1 and 6."""
-    traces = []
-    for number, run in enumerate(runs):
+
+    def shares_of(run: Run) -> dict[str, float]:
         shares = {f"{name} (dense)": share for name, share in run.analysed("dense_layers").items()}
         shares |= {name: layer["positive_share"] for name, layer in run.layers.items()}
-        shares = {name: share["share"] for name, share in shares.items() if share}
-        if shares:
-            order = sorted(shares, key=lambda name: (not name.startswith("encoder"), int(name.split()[1])))
-            traces.append(bar(run.name, order, [shares[name] for name in order], number))
+        return {name: shares[name]["share"] for name in sorted(shares, key=layer_order) if shares[name]}
+
+    traces = _bars(runs, shares_of)
     return figure_of(
         "positive-share", "Hidden units that are positive (Fig 1 and 6 of the paper)",
         "Share of hidden units with a positive activation, inside dense feed-forward networks and inside the experts a "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from eval.run.training_log import Record, read_records
+from eval.run.training_log import LAYER_FIGURE, Record, layer_order, read_records
 
-_LAYER_KEY = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _CURVES = (
     "loss",
     "nll_loss",
@@ -63,11 +61,10 @@ def _curves(records: Sequence[Record], names: Sequence[str]) -> dict[str, list[f
 
 def _layer_curves(records: Sequence[Record]) -> dict[str, dict[str, list[float | None]]]:
     layers: dict[str, dict[str, list[float | None]]] = {}
-    keys = sorted({key for record in records for key in record.figures if _LAYER_KEY.fullmatch(key)})
+    keys = sorted({key for record in records for key in record.figures if LAYER_FIGURE.fullmatch(key)})
     for key in keys:
-        side, index, figure = _LAYER_KEY.fullmatch(key).groups()
+        side, index, figure = LAYER_FIGURE.fullmatch(key).groups()
         if figure in _LAYER_CURVES:
             curves = layers.setdefault(f"{side} {index}", {"updates": [record.num_updates for record in records]})
             curves[figure] = [record.figures.get(key) for record in records]
-    order = sorted(layers, key=lambda label: (label.split()[0] != "encoder", int(label.split()[1])))
-    return {label: layers[label] for label in order}
+    return {label: layers[label] for label in sorted(layers, key=layer_order)}

@@ -23,6 +23,8 @@ _RECORD = re.compile(r'\b(train_inner|train|valid\w*|test\w*)(?: \| |\]\[INFO\] 
 _MESSAGE = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d |Traceback |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):|\S+: \w*Warning: )")
 _LOUD = re.compile(r"Traceback |\b(?:WARNING|ERROR|CRITICAL)\b")
 _MAX_UPDATE = re.compile(r"'max_update': (\d+)")
+# A figure of one MoE layer, as the criterions name it: side, index, figure.
+LAYER_FIGURE = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _SHOWN = {
     ("train", "loss"): "loss",
     ("train", "wps"): "words/s",
@@ -48,6 +50,12 @@ class Record:
         """Updates done when the line was written, or None where the line does not tell."""
         value = self.figures.get("num_updates")
         return None if value is None else int(value)
+
+
+def layer_order(label: str) -> tuple[bool, int]:
+    """Sorts labels such as ``encoder 1`` as a token meets the layers: the encoder's first, by index."""
+    side, index = label.split()[:2]
+    return side != "encoder", int(index)
 
 
 def parse_line(line: str) -> Record | None:

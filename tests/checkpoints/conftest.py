@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-import xmoe_fairseq  # noqa: F401  registers the architectures
-
-SIZES = {
-    f"{side}_{name}": value
-    for side in ("encoder", "decoder")
-    for name, value in {"embed_dim": 16, "ffn_embed_dim": 24, "attention_heads": 2, "layers": 2}.items()
-}
+from tests import tiny as tiny_models
 
 
 class Tiny:
     """Builds, wraps and loads models of one task with 20 words."""
 
     def __init__(self) -> None:
-        words = Dictionary()
-        for index in range(20):
-            words.add_symbol(f"w{index}")
+        words = tiny_models.dictionary(f"w{index}" for index in range(20))
         self.task = TranslationTask(TranslationConfig(data="unused", source_lang="xx", target_lang="yy"), words, words)
 
     def state(self, arch: str, seed: int = 1, **settings: Any) -> dict[str, Any]:
         """A checkpoint of a freshly initialised model, as fairseq 0.12 lays it out."""
-        torch.manual_seed(seed)
-        cfg = argparse.Namespace(arch=arch, _name=arch, share_all_embeddings=True, **{**SIZES, **settings})
-        ARCH_CONFIG_REGISTRY[arch](cfg)
-        cfg.max_source_positions = cfg.max_target_positions = 64
-        model = ARCH_MODEL_REGISTRY[arch].build_model(cfg, self.task)
+        cfg = tiny_models.settings(arch, ffn_dim=24, positions=64, share_all_embeddings=True, **settings)
+        model = tiny_models.build(cfg, self.task, seed)
         task = {"_name": "translation", "data": "/home/someone/bin", "source_lang": "xx", "target_lang": "yy"}
         return {
             "args": None,

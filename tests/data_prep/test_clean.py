@@ -11,20 +11,14 @@ from data_prep import clean
 GOOD = ("Це звичайне речення.", "This is an ordinary sentence.")
 
 
+def arguments(folder):
+    return ["--pair", "uk-en", "--input", f"{folder}/in", "--out", f"{folder}/out", "--workers", "1"]
+
+
 def run(tmp_path, pairs, *flags):
     for side, language in enumerate(("uk", "en")):
         (tmp_path / f"in.{language}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
-    arguments = [
-        "--pair",
-        "uk-en",
-        "--input",
-        f"{tmp_path}/in",
-        "--out",
-        f"{tmp_path}/out",
-        "--workers",
-        "1",
-    ]
-    assert clean.main([*arguments, *flags]) == 0
+    assert clean.main([*arguments(tmp_path), *flags]) == 0
     sides = [(tmp_path / f"out.{language}").read_text(encoding="utf-8").split("\n")[:-1] for language in ("uk", "en")]
     report = json.loads((tmp_path / "out.report.json").read_text())
     dropped = {rule: count for rule, count in report["dropped"].items() if count}
@@ -103,17 +97,7 @@ def test_mends(tmp_path):
 def test_invalid_utf8_is_dropped(tmp_path):
     (tmp_path / "in.uk").write_bytes("добре\n".encode() + b"\xff\xfe\n")
     (tmp_path / "in.en").write_bytes(b"good\nbad\n")
-    arguments = [
-        "--pair",
-        "uk-en",
-        "--input",
-        f"{tmp_path}/in",
-        "--out",
-        f"{tmp_path}/out",
-        "--workers",
-        "1",
-    ]
-    assert clean.main(arguments) == 0
+    assert clean.main(arguments(tmp_path)) == 0
     assert (tmp_path / "out.en").read_text() == "good\n"
 
 
@@ -158,17 +142,7 @@ def test_chinese_is_long_enough_in_characters():
 def test_unequal_sides_stop_and_older_results_stay(tmp_path, capsys):
     run(tmp_path, [GOOD])
     (tmp_path / "in.uk").write_text("a\nb\nc\n")
-    arguments = [
-        "--pair",
-        "uk-en",
-        "--input",
-        f"{tmp_path}/in",
-        "--out",
-        f"{tmp_path}/out",
-        "--workers",
-        "1",
-    ]
-    assert clean.main(arguments) == 1
+    assert clean.main(arguments(tmp_path)) == 1
     assert "in.uk has 3 lines" in (error := capsys.readouterr().err)
     assert "in.en has 1: both sides need equal counts; nothing was written" in error
     assert (tmp_path / "out.en").read_text() == GOOD[1] + "\n"
@@ -178,17 +152,7 @@ def test_unequal_sides_stop_and_older_results_stay(tmp_path, capsys):
 def test_nothing_left_is_an_error(tmp_path, capsys):
     for language in ("uk", "en"):
         (tmp_path / f"in.{language}").write_text("same text\n")
-    arguments = [
-        "--pair",
-        "uk-en",
-        "--input",
-        f"{tmp_path}/in",
-        "--out",
-        f"{tmp_path}/out",
-        "--workers",
-        "1",
-    ]
-    assert clean.main(arguments) == 1
+    assert clean.main(arguments(tmp_path)) == 1
     assert "is left ({'identical': 1}); nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out.en").exists()
 

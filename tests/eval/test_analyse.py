@@ -17,6 +17,7 @@ from eval.run.history import read_history
 from eval.text.loading import load
 from tests.eval import tiny_routed
 from tests.eval.conftest import NUMBERS
+from tests.tiny import dictionary
 from xmoe_fairseq.moe import record_plans
 
 SOURCE, TARGET = ["▁a b ▁12 ,", "▁a"], ["b", "▁a ▁a"]
@@ -130,17 +131,10 @@ def test_sweeps_count_rows_and_leave_the_model_as_it_was(setting, wanted, used):
 
 
 def test_kinds_of_subword_nmt_pieces():
-    table = tokens.vocabulary(_words("foo@@", "bar", "7@@", "."), torch.zeros(8, dtype=torch.int64))
+    table = tokens.vocabulary(dictionary(["foo@@", "bar", "7@@", "."]), torch.zeros(8, dtype=torch.int64))
     ids = torch.tensor([[4, 5, 5, 6, 7, 2]])
     kinds = [tokens.KINDS[k] for k in tokens.groups(ids, table)["kind"].tolist()]
     assert kinds == ["word start", "continuation", "word start", "digits", "punctuation", "special"]
-
-
-def _words(*symbols: str):
-    words = tiny_routed.Dictionary()
-    for symbol in symbols:
-        words.add_symbol(symbol)
-    return words
 
 
 def test_routing_of_sentences_is_the_plan():

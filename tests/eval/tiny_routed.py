@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor, nn
 
-import xmoe_fairseq
 from eval.routing.layers import moe_layers
 from eval.text.loading import Loaded
+from tests import tiny
 from xmoe_fairseq.moe.plan import Choices
 from xmoe_fairseq.moe.routers.router import real_choices
-
-assert xmoe_fairseq  # importing it registers the architectures
 
 SYMBOLS = ("▁a", "b", "▁12", ",")
 # token id -> {expert: weight}, first choice first; </s> is 2
@@ -49,29 +44,15 @@ class HandRouter(nn.Module):
         return Choices(expert_TK, chosen_TK, score_TK, weight_TE, balance=None, entropy=torch.tensor(0.5))
 
 
-def dictionary() -> Dictionary:
-    words = Dictionary()
-    for symbol in SYMBOLS:
-        words.add_symbol(symbol)
-    return words
-
-
 def build(arch: str = "xmoe_transformer_tiny", **settings: Any) -> Loaded:
     """Two encoder layers and one decoder layer of width 8; experts of 4 hidden units for a dense FFN of 8."""
-    torch.manual_seed(1)
-    words = dictionary()
+    words = tiny.dictionary(SYMBOLS)
     cfg = SimpleNamespace(left_pad_source=True, left_pad_target=False, source_lang="xx", target_lang="en")
     task = SimpleNamespace(source_dictionary=words, target_dictionary=words, cfg=cfg, max_positions=lambda: (16, 16))
-    sizes = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {"embed_dim": 8, "attention_heads": 2, "ffn_embed_dim": 8, "layers": 2}.items()
-    }
-    sizes |= {"decoder_layers": 1, "max_source_positions": 16, "max_target_positions": 16, "dropout": 0.0}
     moe = {"moe_num_experts": EXPERTS, "moe_expert_dim": 4, "moe_interval": 1} if "moe" in arch else {}
-    args = Namespace(**sizes, **moe, **settings)
-    ARCH_CONFIG_REGISTRY[arch](args)
-    model = ARCH_MODEL_REGISTRY[arch].build_model(args, task).eval()
+    sizes = {"embed_dim": 8, "ffn_dim": 8, "positions": 16, "decoder_layers": 1, "dropout": 0.0}
+    args = tiny.settings(arch, **sizes, **moe, **settings)
+    model = tiny.build(args, task, seed=1).eval()
     return Loaded(("tiny.pt",), (model,), task, SimpleNamespace(model=args), 10, torch.device("cpu"))
 
 

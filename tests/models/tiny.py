@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import Tensor
 
-import xmoe_fairseq
+from tests import tiny
+from tests.tiny import dictionary
 from xmoe_fairseq.models.translation import MoETransformerModel
 
-assert xmoe_fairseq  # importing it registers the architectures
-
-
-def dictionary(size: int = 40) -> Dictionary:
-    words = Dictionary()
-    for number in range(size - len(words)):
-        words.add_symbol(f"w{number}")
-    return words
-
-
-TASK = SimpleNamespace(source_dictionary=dictionary(), target_dictionary=dictionary())
+WORDS = [f"w{number}" for number in range(36)]  # 40 with fairseq's own four
+TASK = SimpleNamespace(source_dictionary=dictionary(WORDS), target_dictionary=dictionary(WORDS))
 PAD, EOS = TASK.source_dictionary.pad(), TASK.source_dictionary.eos()
 
 
 def tiny_model(seed: int = 0, **settings: Any) -> MoETransformerModel:
-    torch.manual_seed(seed)
-    sizes = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {"embed_dim": 16, "attention_heads": 2, "ffn_embed_dim": 32, "layers": 2}.items()
-    }
     small = {"moe_num_experts": 4, "moe_expert_dim": 16, "moe_capacity_factor": None, "dropout": 0.0}
-    args = Namespace(**{**sizes, **small, "max_source_positions": 32, "max_target_positions": 32, **settings})
-    ARCH_CONFIG_REGISTRY["xmoe_transformer_tiny"](args)
-    model = MoETransformerModel.build_model(args, TASK)
+    args = tiny.settings("xmoe_transformer_tiny", ffn_dim=32, positions=32, **{**small, **settings})
+    model = tiny.build(args, TASK, seed)
     for name, parameter in model.named_parameters():
         if name.endswith("router.weight"):
             torch.nn.init.normal_(parameter, std=0.7)  # decided routing
