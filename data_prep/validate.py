@@ -182,9 +182,8 @@ def check_line(
         )
         return
     if is_blank(text):
-        report.add(
-            f"{where}: empty line, or nothing visible in it; every line needs text on both sides; dropped by: {mend}"
-        )
+        what = "no visible character" if text.strip() else "empty line"
+        report.add(f"{where}: {what}; every line needs text on both sides; dropped by: {mend}")
     if match := _BREAKER.search(text):
         report.add(
             f"{where}: {_LINE_BREAKERS[match[0]]} at character {match.start() + 1}; a line may hold NUL and "
