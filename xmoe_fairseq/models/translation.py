@@ -10,7 +10,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ..moe import record_plans
 from .int8 import hold_in_int8
-from .moe_args import SETTINGS, add_moe_args, check_moe_names, check_supported, fill_moe_defaults, layer_thresholds
+from .moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults, moe_places, moe_settings
 from .stacks import MoEDecoder, MoEEncoder
 
 
@@ -21,9 +21,9 @@ class MoETransformerConfig(TransformerConfig):
     def from_settings(cls, args: Any, sides: tuple[str, ...] = ("encoder", "decoder")) -> MoETransformerConfig:
         """From flags (Namespace) or YAML (DictConfig); ``sides`` names the stacks that the model has."""
         config = cls.from_namespace(args)
-        for name in SETTINGS:
+        for name in moe_settings():
             setattr(config, name, getattr(args, name))
-        config.layer_thresholds = layer_thresholds(args, sides)
+        config.moe_places = moe_places(args, sides)
         return config
 
 

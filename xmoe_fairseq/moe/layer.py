@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .capacity import make_plan
 from .config import MoEConfig
 from .context import SentenceContext
 from .experts.ranks import build_experts
+from .experts.stacked import expert_shapes
 from .plan import RoutingPlan
 from .registry import LAYERS, register_layer, router_class
 
@@ -22,7 +23,8 @@ class _BuildsItsKind(type):
     """``MoELayer(config)`` builds the class registered for ``config.layer_kind``; subclasses build themselves."""
 
     def __call__(cls, config: MoEConfig) -> Any:
-        kind: Any = LAYERS[config.layer_kind] if cls is LAYERS["routed"] else cls
+        routed: Any = LAYERS["routed"]
+        kind: Any = LAYERS[config.layer_kind] if cls is routed else cls
         return type.__call__(kind, config)
 
 
@@ -40,12 +42,26 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
     not tell them apart.
     """
 
+    own_defaults: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
         self.router = router_class(config.router)(config)
         self.experts = build_experts(config)
         self.shared = SharedExpert(config) if config.shared_expert_dim else None
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        """Raise ValueError when this kind of layer cannot serve ``config``; the router checks its own settings."""
+        if config.token_adapter:
+            raise ValueError("moe_token_adapter needs moe_merge_experts; set both or neither")
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the experts' and the router's part of the state dict, for float weights."""
+        router = router_class(config.router).state_shapes(config)
+        return expert_shapes(config) | {f"router.{name}": shape for name, shape in router.items()}
 
     def forward(
         self,

@@ -98,6 +98,17 @@ class Experts(nn.Module):
         return weighted @ w2_EFD.reshape(num_experts * hidden, width) + weight_TE @ b2_ED
 
 
+def expert_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of ``Experts``' state dict, as part of a layer's."""
+    experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
+    return {
+        "experts.w1": (experts, width, hidden),
+        "experts.b1": (experts, hidden),
+        "experts.w2": (experts, hidden, width),
+        "experts.b2": (experts, width),
+    }
+
+
 def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:
     """Which of the four ways computes this plan; ``config.compute`` overrides the rules.
 

@@ -95,5 +95,4 @@ def masked_mean(x_TBD: Tensor, real_TB: Tensor | None) -> Tensor:
 
 def choices_merged(config: MoEConfig) -> int:
     """K: experts merged per sentence and map."""
-    assert config.top_k is not None  # MoEConfig saw to it
-    return config.top_k
+    return int(config.top_k)

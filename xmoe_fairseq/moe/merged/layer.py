@@ -18,7 +18,7 @@ from ..balance import SpreadTerms
 from ..capacity import make_plan
 from ..config import MoEConfig
 from ..context import SentenceContext
-from ..experts.stacked import Experts, compute_dtype
+from ..experts.stacked import Experts, compute_dtype, expert_shapes
 from ..layer import MoELayer
 from ..plan import Choices, RoutingPlan
 from ..registry import register_layer
@@ -44,6 +44,40 @@ class MergedMoELayer(MoELayer):
     State: ``experts.{w1,b1,w2,b2}`` as in experts/stacked.py; ``gate1`` and ``gate2``: ``weight`` and ``noise_weight``
     (E, D); with ``token_adapter`` ``adapter1.{down,up}`` and ``adapter2.{down,up}``.
     """
+
+    own_defaults = {"router": "top_k", "capacity_factor": None}  # noqa: RUF012
+    # the gates of merged experts always sum to 1 and have a learned noise of their own
+    unused = (
+        *("normalize_weights", "input_jitter", "router_noise", "z_loss_weight", "shared_expert_dim"),
+        *("weights", "compute"),
+    )
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        if config.expert_parallel:
+            raise ValueError(
+                "moe_merge_experts merges whole matrices, which would all have to travel: leave moe_expert_parallel out"
+            )
+        if config.router != "top_k":
+            raise ValueError(
+                f"moe_merge_experts gates per sentence and ignores moe_router {config.router}; set moe_router top_k"
+            )
+        if config.top_k is None:
+            raise ValueError(
+                "moe_merge_experts needs moe_top_k: the number of experts to merge; MEO's own default is 4"
+            )
+        if config.capacity_factor is not None or config.eval_capacity_factor is not None:
+            raise ValueError(
+                f"moe_merge_experts serves every token: moe_capacity_factor ({config.capacity_factor}) and "
+                f"moe_eval_capacity_factor ({config.eval_capacity_factor}) must be None (on the command line: none)"
+            )
+        config.refuse(cls.unused, "with moe_merge_experts")
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        gate = (config.num_experts, config.embed_dim)
+        names = [f"gate{number}.{weight}" for number in (1, 2) for weight in ("weight", "noise_weight")]
+        return expert_shapes(config) | dict.fromkeys(names, gate)
 
     def __init__(self, config: MoEConfig) -> None:
         nn.Module.__init__(self)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..balance import null_averaged_terms
+from ..config import MoEConfig
 from ..plan import Choices
 from ..registry import register_router
+from ..settings import Setting, not_negative
 from .router import probability_choices
 from .top_k import TopKRouter
 
@@ -20,11 +22,24 @@ class AdaMoERouter(TopKRouter):
     ``weight`` (E + m, D), true experts first.
     """
 
-    has_null_experts = True
+    settings = (
+        *TopKRouter.settings,
+        Setting(
+            *("num_null_experts", int, 0, "experts that compute nothing (adamoe)"),
+            check=not_negative,
+            allowed="not be negative; 0 turns it off",
+            flat="moe_null_experts",
+            shown="{} null experts",
+        ),
+    )
 
-    @property
-    def num_gates(self) -> int:
-        return self.config.num_experts + self.config.num_null_experts
+    @classmethod
+    def num_gates(cls, config: MoEConfig) -> int:
+        return config.num_experts + int(config.num_null_experts)
+
+    @classmethod
+    def experts_wanted(cls, config: MoEConfig) -> float | None:
+        return float(config.top_k * config.num_experts / cls.num_gates(config))
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         num_true = self.config.num_experts

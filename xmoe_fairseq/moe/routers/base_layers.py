@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..plan import Choices
 from ..registry import register_router
-from .router import Router, real_choices, refuse_settings
+from .router import Router, real_choices
 
 # The assignment costs about n^3 (40 ms for 1024 tokens on one core, 1.8 s for 4096): larger batches go block by block.
 BLOCK_TOKENS = 1024
@@ -65,14 +65,16 @@ class BaseLayersRouter(Router):
     original.
     """
 
+    unused = ("normalize_weights", "z_loss_weight")
+    weights_by_softmax = False
+
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         torch.nn.init.orthogonal_(self.weight, gain=0.1)
 
     @classmethod
-    def check(cls, config: MoEConfig) -> None:
-        super().check(config)
-        refuse_settings(config, normalize_weights=False, z_loss_weight=0.0)
+    def experts_wanted(cls, config: MoEConfig) -> float | None:
+        return 1.0
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.autocast(x_TD.device.type, enabled=False):

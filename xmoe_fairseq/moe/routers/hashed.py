@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..config import MoEConfig
 from ..plan import Choices
 from ..registry import register_router
-from .router import Router, real_choices, refuse_settings
+from ..settings import Setting
+from .router import Router, real_choices
 
 _MASK = 0x7FFFFFFFFFFFFFFF
 
@@ -30,6 +31,15 @@ class HashRouter(Router):
     """
 
     seed: Tensor
+    unused = ("normalize_weights", "input_jitter", "z_loss_weight")
+    weights_by_softmax = False
+    settings = (
+        Setting(
+            *("hash_seed", int, 1, "seed of the hash router; each layer adds its index"),
+            in_layer=lambda seed, number: seed + number,  # another hash in every layer
+            ignored_elsewhere=True,
+        ),
+    )
 
     def __init__(self, config: MoEConfig) -> None:
         nn.Module.__init__(self)
@@ -37,9 +47,16 @@ class HashRouter(Router):
         self.register_buffer("seed", torch.tensor(config.hash_seed, dtype=torch.int64))
 
     @classmethod
-    def check(cls, config: MoEConfig) -> None:
-        super().check(config)
-        refuse_settings(config, normalize_weights=False, input_jitter=0.0, z_loss_weight=0.0)
+    def num_gates(cls, config: MoEConfig) -> int:
+        return 0
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        return {"seed": ()}
+
+    @classmethod
+    def experts_wanted(cls, config: MoEConfig) -> float | None:
+        return 1.0
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         if token_ids_T is None:

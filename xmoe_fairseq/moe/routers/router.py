@@ -6,6 +6,7 @@ Axis letters: T tokens, padding included; D model width; E experts; G gates (E, 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,37 +14,54 @@ from torch import Tensor, nn
 from ..balance import BalanceTerms, first_choice_terms
 from ..config import MoEConfig
 from ..plan import Choices
+from ..settings import Setting
 
 # Chosen experts that together have less probability than this have none: null experts took it all.
 LEAST_MASS = 1e-30
 
 
 class Router(nn.Module):
-    """Linear gate with a softmax (Eq 1); subclasses decide who is chosen.
+    """Linear gate with a softmax (Eq 1); subclasses decide which experts a token takes.
 
-    A subclass implements ``choose``; ``check`` refuses settings it cannot serve. State: ``weight`` (G, D) float32.
+    A subclass implements ``choose`` and says of itself, on the class:
+
+    Attributes:
+        settings: what it lets a user choose beside the settings of every layer; its values are ``self.config.NAME``.
+        unused: settings of every layer that it would silently ignore; a value that is not the default is refused.
+        weights_by_softmax: the weight of an expert is its share of a softmax over all experts.
+
+    ``check`` refuses values that do not go together. State: ``weight`` (G, D) float32.
     """
 
-    has_null_experts = False
+    settings: ClassVar[tuple[Setting, ...]] = ()
+    unused: ClassVar[tuple[str, ...]] = ()
+    weights_by_softmax: ClassVar[bool] = True
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(self.num_gates, config.embed_dim))
+        self.weight = nn.Parameter(torch.empty(self.num_gates(config), config.embed_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
-
-    @property
-    def num_gates(self) -> int:
-        return self.config.num_experts
 
     @classmethod
     def check(cls, config: MoEConfig) -> None:
         """Raise ValueError when this router cannot serve ``config``."""
-        if config.router_noise != "none":
-            raise ValueError(
-                f"moe_router_noise {config.router_noise} works with the routers top_k, switch and adamoe, "
-                f"not {config.router}; set moe_router_noise none"
-            )
+        config.refuse(cls.unused, f"with moe_router {config.router}")
+
+    @classmethod
+    def num_gates(cls, config: MoEConfig) -> int:
+        """G: rows of the gate's weight; 0 for a router without a gate. FLOPs of the gate: 2 x G x D a token."""
+        return config.num_experts
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything in the state dict."""
+        return {"weight": (cls.num_gates(config), config.embed_dim)}
+
+    @classmethod
+    def experts_wanted(cls, config: MoEConfig) -> float | None:
+        """Experts that an average token takes before capacity; None: only a run shows."""
+        return None
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         """Decide for one batch.
@@ -69,27 +87,6 @@ class Router(nn.Module):
         if self.training and jitter > 0:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
         return x_TD
-
-    def selection_score(self, prob_TG: Tensor) -> Tensor:
-        """Non-negative float32 score that orders the choices: the probability, with noise if training asks for it."""
-        prob_TG = prob_TG.detach()
-        noise = self.config.router_noise
-        if not self.training or noise == "none":
-            return prob_TG
-        if noise == "gumbel":
-            disturbance = -torch.empty_like(prob_TG).exponential_().log()
-        else:
-            disturbance = torch.randn_like(prob_TG) / prob_TG.size(-1)
-        return (prob_TG.clamp(min=torch.finfo(torch.float32).tiny).log() + disturbance).softmax(dim=-1)
-
-
-def refuse_settings(config: MoEConfig, **off: object) -> None:
-    """Raise ValueError where ``config`` turns on a setting that its router would silently ignore."""
-    for name, value in off.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"moe_{name} ({getattr(config, name)}) has no effect with moe_router {config.router}; set it to {value}"
-            )
 
 
 def probability_choices(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..config import MoEConfig
 from ..ordering import sort_descending
 from ..plan import Choices
 from ..registry import register_router
+from ..settings import Setting, at_least_one
 from .router import Router, probability_choices
 
 # Probabilities are summed as integers, in units of 2^-53.
@@ -40,6 +42,37 @@ class ThresholdRouter(Router):
     want; at inference, where nothing is dropped, the same limit per token keeps what is added up like what was trained,
     and unlike a capacity it does not depend on the batch.
     """
+
+    settings = (
+        Setting(
+            *("threshold", float, 0.9, "probability mass in [0, 1] that a token's experts must reach (Eq 5)"),
+            check=lambda mass: 0.0 <= mass <= 1.0,
+            allowed="be a probability mass in [0, 1]; 0.9 is the paper's, 0 is top-1",
+            shown="t {}",
+            per_layer=True,
+            ignored_elsewhere=True,
+        ),
+        Setting(
+            *("max_experts", int, None, "most experts a token takes under the threshold router; none: no limit"),
+            check=at_least_one,
+            allowed="be at least 1, a whole number; none sets no limit",
+            optional=True,
+            shown="at most {} experts a token",
+        ),
+    )
+
+    @classmethod
+    def check(cls, config: MoEConfig) -> None:
+        super().check(config)
+        if (config.max_experts or 1) > config.num_experts:
+            raise ValueError(
+                f"moe_max_experts ({config.max_experts}) must be between 1 and moe_num_experts ({config.num_experts}); "
+                "None (on the command line: none) sets no limit"
+            )
+
+    @classmethod
+    def experts_wanted(cls, config: MoEConfig) -> float | None:
+        return float(config.num_experts) if config.threshold >= 1.0 else None
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.no_grad():
