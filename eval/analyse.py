@@ -30,6 +30,7 @@ from eval.text.loading import Loaded, load
 from eval.text.subwords import load_subwords
 from xmoe_fairseq.checkpoints.structure import count_parameters
 from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
+from xmoe_fairseq.moe.registry import router_class
 
 SCHEMA = 1
 DEFAULT_CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -84,11 +85,22 @@ def describe(loaded: Loaded) -> dict[str, Any]:
         "expert_dim": config and config.expert_dim,
         "threshold": _threshold(layers) if config and config.router == "threshold" else None,
         "top_k": config and config.top_k,
+        "router_settings": _router_settings(layers),
         "capacity_factor": config and config.capacity_factor,
         "eval_capacity_factor": config and config.eval_capacity_factor,
         "source_language": getattr(loaded.task.cfg, "source_lang", None),
         "target_language": getattr(loaded.task.cfg, "target_lang", None),
     }
+
+
+def _router_settings(layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat name -> value, or a list with one for each layer, of what the router of the MoE layers declares."""
+    configs = [layer.config for layer in layers.values()]
+    shown = {}
+    for setting in router_class(configs[0].router).settings if configs else ():
+        found = [getattr(config, setting.name) for config in configs]
+        shown[setting.flat] = found[0] if all(value == found[0] for value in found) else found
+    return shown
 
 
 def _threshold(layers: Mapping[str, Any]) -> float | list[float]:

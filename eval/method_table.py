@@ -25,6 +25,7 @@ from xmoe_fairseq.models import architectures
 from xmoe_fairseq.models.architectures import ARCHITECTURES, Size
 from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer
 from xmoe_fairseq.moe.merged.flops import merged_layer_flops
+from xmoe_fairseq.moe.registry import router_class
 
 SIZES: dict[str, Size] = {
     "wmt23": architectures.WMT23,
@@ -83,22 +84,12 @@ class Parameters:
 def rows_per_token(config: MoEConfig, training: bool) -> float | None:
     """Experts that compute an average token.
 
-    In training the most that capacity allows (Eq 6), reached when the load is even. AdaMoE at its balanced load.
-    None: a threshold without capacity takes what the trained router needs, which only a run shows (eval.sweep).
+    In training at most what capacity allows (Eq 6), reached when the load is even; else what the router wants. None: a
+    threshold without capacity takes what the trained router needs, which only a run shows (eval.sweep).
     """
     gamma = config.capacity_factor if training else config.eval_capacity_factor
-    if config.router == "threshold":
-        if config.threshold >= 1.0:
-            wanted = float(config.num_experts)
-        elif gamma is None:
-            return None
-        else:
-            wanted = gamma
-    elif config.router == "adamoe":
-        wanted = config.top_k * config.num_experts / (config.num_experts + config.num_null_experts)
-    else:
-        wanted = float(config.top_k or 1)
-    return wanted if gamma is None else min(wanted, gamma)
+    wanted = router_class(config.router).experts_wanted(config)
+    return min((value for value in (wanted, gamma) if value is not None), default=None)
 
 
 def layer_flops(layer: MoELayer, length: int, training: bool) -> tuple[float, float] | None:

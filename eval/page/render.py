@@ -160,6 +160,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "test loss (bits per token)": lambda run: _analysed(run, "quality", "loss_bits", form="{:.3f}"),
         "MoE FLOPs / dense FLOPs": _flops,
         "router": lambda run: _analysed(run, "checkpoint", "router"),
+        "router settings": _router_settings,
         "experts x size": _experts,
         "parameters": lambda run: _analysed(run, "checkpoint", "num_parameters", form="{:,}"),
         "updates": lambda run: _analysed(run, "checkpoint", "num_updates", form="{:,}"),
@@ -209,6 +210,11 @@ def _flops(run: Run) -> str:
     layers = run.layers.values()
     tokens = sum(layer["tokens"] for layer in layers)
     return f"{sum(layer['flops'] * layer['tokens'] for layer in layers) / tokens:.2f}" if tokens else "–"
+
+
+def _router_settings(run: Run) -> str:
+    chosen = run.analysed("checkpoint").get("router_settings") or {}
+    return ", ".join(f"{name} {value}" for name, value in chosen.items() if value is not None) or "–"
 
 
 def _experts(run: Run) -> str:

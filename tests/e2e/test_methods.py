@@ -1,14 +1,20 @@
 """Every architecture through the stock commands: train, save, load, generate; and what a user may change."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import torch
 
-from eval import sweep
+from eval import analyse, sweep
+from eval.page.render import summary
+from eval.routing.loading import load
+from eval.run.record import Run
 from tests.e2e import stock
+from xmoe_fairseq.checkpoints.inspect import inspect_checkpoint
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 TRANSLATION = ["dense", "xmoe", "switch", "top_k", "hash", "base", "adamoe", "meo", "dense_xmoe"]
@@ -131,16 +137,63 @@ def test_any_text_becomes_data_of_a_language_model(tmp_path):
     assert "give all three or none" in failed.stderr
 
 
+OWN_YAML = """
+common: {{user_dir: {own}, cpu: true, no_progress_bar: true}}
+task: {{_name: translation, data: {data}, source_lang: xx, target_lang: yy}}
+dataset: {{max_tokens: 200, num_workers: 0, disable_validation: true}}
+optimization: {{max_update: 1, lr: [0.001]}}
+optimizer: {{_name: adam}}
+lr_scheduler: {{_name: fixed}}
+bpe: null
+criterion: {{_name: label_smoothed_cross_entropy_with_load_balance}}
+checkpoint: {{save_dir: {out}}}
+model: {{_name: xmoe_transformer_tiny, moe_router: above_average, moe_margin: [1.5, 1.25], share_all_embeddings: true}}
+"""
+
+
+@pytest.mark.e2e
+def test_a_yaml_sets_what_a_router_from_outside_declares(pairs, tmp_path):
+    """In a process of its own, which imports the router after fairseq has read the file."""
+    own = stock.ROOT / "tests" / "e2e" / "own_router"
+    (tmp_path / "own.yaml").write_text(OWN_YAML.format(own=own, data=pairs, out=tmp_path / "out"), encoding="utf-8")
+    program = "from fairseq_cli.hydra_train import cli_main; cli_main()"
+    command = [sys.executable, "-c", program, "--config-dir", tmp_path, "--config-name", "own"]
+    environment = {**os.environ, "PYTHONPATH": str(stock.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = torch.load(tmp_path / "out" / "checkpoint_last.pt", weights_only=True)["cfg"]["model"]
+    assert saved["moe_margin"] == [1.5, 1.25]
+
+
 @pytest.mark.e2e
 def test_a_router_from_outside_the_package(pairs, tmp_path):
     own = stock.ROOT / "tests" / "e2e" / "own_router"
-    checkpoint = stock.train(*(pairs, "xmoe_transformer_tiny", tmp_path, "--moe-router", "above_average"), user_dir=own)
-    assert_same(
-        stock.generate(pairs, checkpoint, user_dir=own),
-        stock.generate(pairs, checkpoint, "--batch-size", 1, user_dir=own),
+    flags = ("--moe-router", "above_average", "--moe-margin", "1.01")
+    checkpoint = stock.train(pairs, "xmoe_transformer_tiny", tmp_path, *flags, user_dir=own)
+    together = stock.generate(pairs, checkpoint, user_dir=own)
+    assert_same(together, stock.generate(pairs, checkpoint, "--batch-size", 1, user_dir=own))
+    saved = torch.load(checkpoint, weights_only=True)["cfg"]["model"]
+    assert (saved.moe_router, saved.moe_margin) == ("above_average", 1.01)
+    assert inspect_checkpoint(checkpoint)["method"].startswith(
+        "above_average, 8 experts of 256, margin 1.01, gamma 2.0"
     )
-    saved = torch.load(checkpoint, weights_only=True)
-    assert saved["cfg"]["model"].moe_router == "above_average"
+
+    def overridden(margin):
+        overrides = f"{{'moe_margin': {margin}}}"
+        return stock.generate(pairs, checkpoint, "--model-overrides", overrides, user_dir=own)
+
+    assert [score for _, score in overridden(7.9)] != [score for _, score in together]  # nearly top-1
+    assert_same(overridden([1.01, 1.01]), together)  # one for each MoE layer
+    with pytest.raises(ValueError, match=r"moe_margin \(0\) must be > 0; 1 is the average itself"):
+        overridden(0)
+    with pytest.raises(ValueError, match=r"moe_margin \(8\) must be below moe_num_experts \(8\)"):
+        overridden(8)
+    with pytest.raises(ValueError, match=r"moe_margin \(1.01\) works with moe_router above_average, not switch"):
+        stock.generate(pairs, checkpoint, "--model-overrides", "{'moe_router': 'switch'}", user_dir=own)
+    loaded = load(str(checkpoint), data=str(pairs), user_dir=str(own), device="cpu")
+    described = analyse.describe(loaded)
+    assert described["router_settings"] == {"moe_margin": 1.01}
+    assert ["router settings", "moe_margin 1.01"] in summary([Run("own", {"checkpoint": described})])["rows"]
 
 
 @pytest.mark.e2e

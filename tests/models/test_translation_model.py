@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.models.tiny import EOS, PAD, TASK, sample, sentences, tiny_model
 from xmoe_fairseq.criterions.load_balance import LabelSmoothedLoadBalanceCriterion
-from xmoe_fairseq.models.moe_args import number_or_list
+from xmoe_fairseq.models.moe_args import moe_settings
 from xmoe_fairseq.moe import MoELayer
 
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def test_moe_layers_stand_where_the_settings_say(settings: dict[str, Any], expec
 
 def test_a_list_of_thresholds_goes_to_the_layers_in_their_order() -> None:
     settings: dict[str, Any] = {"moe_interval": 1, "encoder_layers": 3}
-    model = tiny_model(moe_threshold=number_or_list("0.1,0.2,0.3,0.4,0.5"), **settings)
+    model = tiny_model(moe_threshold=moe_settings()["moe_threshold"].parse("0.1,0.2,0.3,0.4,0.5"), **settings)
     found = [module.config.threshold for module in model.modules() if isinstance(module, MoELayer)]
     assert found == [0.1, 0.2, 0.3, 0.4, 0.5]
     given = sample(sentences([5, 3]), sentences([4, 6], seed=1))
@@ -198,16 +198,16 @@ def test_hash_layers_have_different_hashes() -> None:
     [
         ({"moe_treshold": 0.5}, "unknown settings moe_treshold; the moe_. settings are .*moe_threshold"),
         ({"moe_interval": 0}, r"moe_interval \(0\) must be at least 1"),
-        ({"moe_sides": "middle"}, r"moe_sides \('middle'\) must be encoder, decoder or both"),
+        ({"moe_sides": "middle"}, r"moe_sides \('middle'\) must be one of encoder, decoder, both"),
         ({"quant_noise_pq": 0.1}, "--quant-noise-pq .* set it to 0"),
         (
             {"offload_activations": True},
             "--offload-activations does not work with MoE layers; --checkpoint-activations does",
         ),
         ({"scale_fc": True}, "--scale-fc .* leave it out"),
-        ({"moe_threshold": [0.5]}, r"moe_threshold has 1 numbers .* 2 MoE layers \(encoder 1, decoder 1\)"),
+        ({"moe_threshold": [0.5]}, r"moe_threshold has 1 values .* 2 MoE layers \(encoder 1, decoder 1\)"),
         ({"moe_threshold": [0.5, 2.0]}, r"moe_threshold \(2.0\) must be a probability mass in \[0, 1\]"),
-        ({"moe_threshold": "half"}, r"moe_threshold \('half'\) must be a number in \[0, 1\], or a list"),
+        ({"moe_threshold": "half"}, r"moe_threshold \('half'\) must be a probability mass in"),
         ({"activation_fn": "tanh"}, r"activation \('tanh'\) must be one of"),
     ],
 )

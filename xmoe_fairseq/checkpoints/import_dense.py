@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,15 +25,18 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
-from ..models.moe_args import SETTINGS, is_moe_layer, optional
+from ..models.moe_args import argument_type, moe_config, moe_places, moe_settings
 from ..moe import MoEConfig
-from ..moe.routers.threshold import count_to_reach
+from ..moe.registry import ROUTERS, router_class
+from ..moe.settings import Setting
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .settings import converted, flat_settings
 from .structure import check_structure, describe_method
 
 GROUPINGS = ("contiguous", "random", "kmeans")
 ROUTER_STARTS = ("zero", "random", "centroids")
+# As the dense model: every expert on every token, nothing dropped.
+OWN_DEFAULTS = {"moe_threshold": 1.0, "moe_capacity_factor": None}
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,14 @@ def import_dense(state: State, how: DenseImport, moe: dict[str, Any]) -> State:
     if not sides:
         raise CheckpointError("the checkpoint has no layer with fc1 and fc2: it is not a dense fairseq transformer")
     arch = "xmoe_transformer" if "encoder" in sides else "xmoe_transformer_lm"
-    settings |= {name: setting.default for name, setting in SETTINGS.items()} | moe
+    settings |= {name: setting.default for name, setting in moe_settings().items()} | moe
     settings["moe_num_experts"] = how.num_experts
     view = argparse.Namespace(**settings)
-    chosen = [
-        (side, index)
-        for side in sides
-        for index in range(settings[f"{side}_layers"])
-        if is_moe_layer(view, side, index)
-    ]
+    chosen = moe_places(view, sides)
     if not chosen:
         raise CheckpointError(f"moe_sides {view.moe_sides} and moe_interval {view.moe_interval} choose no layer")
     settings["moe_expert_dim"] = _expert_dim(settings, {side for side, _ in chosen}, how)
-    scales = output_scales(_layer_config(settings, chosen[0][0]), how)
+    scales = output_scales(_layer_config(settings, chosen), how)
     model = dict(state["model"])
     generator = torch.Generator().manual_seed(how.seed)
     for side, index in chosen:
@@ -139,31 +138,35 @@ def _expert_dim(settings: dict[str, Any], sides: set[str], how: DenseImport) -> 
     return int(units // how.num_experts)
 
 
-def _layer_config(settings: dict[str, Any], side: str) -> MoEConfig:
-    """Checks the settings as the model will."""
-    fields = {setting.config: settings[name] for name, setting in SETTINGS.items() if setting.config}
-    return MoEConfig(embed_dim=settings[f"{side}_embed_dim"], activation=str(settings["activation_fn"]), **fields)
+def _layer_config(settings: dict[str, Any], places: list[tuple[str, int]]) -> MoEConfig:
+    """That of the first MoE layer; checks the settings as the model will."""
+    side, index = places[0]
+    view = argparse.Namespace(**settings, moe_places=places)
+    widths = {"embed_dim": settings[f"{side}_embed_dim"], "dense_dim": settings[f"{side}_ffn_embed_dim"]}
+    return moe_config(view, side=side, layer_index=index, **widths)
 
 
 def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
     """Factors on the second map and its bias that make up for the weights of the experts while all p are equal.
 
-    Then n experts are taken, each with weight 1 / E, or 1 / n if weights are normalised. ``copy`` wants the weights of
-    the maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all in both.
+    The router itself says how many experts n it takes then and with which weight: 1 / E, or 1 / n if it normalises.
+    ``copy`` wants the weights of the maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all
+    in both.
     """
-    if config.merge_experts or config.router in ("hash", "base") or config.num_null_experts:
+    router = router_class(config.router)
+    if config.merge_experts or not router.weights_by_softmax or router.num_gates(config) != config.num_experts:
         raise ValueError(
             f"moe_router {config.router} does not weight experts by a softmax over them all; "
             "choose threshold, switch or top_k without merging or null experts"
         )
-    experts = config.num_experts
-    taken = config.top_k or 1
-    if config.router == "threshold":
-        taken = int(count_to_reach(torch.full((1, experts), 1 / experts), config.threshold))
-    to_sum_one = 1.0 if config.normalize_weights else experts / taken
-    if how.mode == "copy":
-        return to_sum_one, to_sum_one
-    return float(taken if config.normalize_weights else experts), to_sum_one
+    with torch.no_grad():
+        equal = router(config).eval()
+        equal.weight.zero_()
+        choices = equal(torch.zeros(1, config.embed_dim), None, None)
+    taken = int(choices.chosen_TK.sum())
+    weight = Fraction(float(choices.weight_TE[0, choices.expert_TK[0, 0]])).limit_denominator(config.num_experts)
+    to_sum_one = float(1 / (taken * weight))
+    return (to_sum_one if how.mode == "copy" else float(1 / weight)), to_sum_one
 
 
 def _replace_ffn(
@@ -248,14 +251,27 @@ def _parser() -> CommandParser:
     parser.add_argument("--router-start", choices=ROUTER_STARTS, default="zero", help="zero: exactly the dense model")
     parser.add_argument("--router-scale", type=float, default=0.02, help="root mean square of the router's entries")
     parser.flag("--seed", default=1, help="of random grouping, k-means and a random router")
-    parser.add_argument("--router", choices=("threshold", "switch", "top_k"), help="default: threshold; copy: switch")
-    parser.add_argument("--threshold", type=float, default=1.0, help="t of the threshold router; 1: all experts")
-    parser.add_argument("--top-k", type=int, help="experts a token takes (top_k)")
-    parser.add_argument("--normalize-weights", action="store_true", help="weights sum to 1 over a token's experts")
-    parser.add_argument("--capacity-factor", type=optional(float), help="gamma in training; none: no drops")
-    parser.add_argument("--sides", choices=("encoder", "decoder", "both"), default="both", help="stacks to change")
-    parser.add_argument("--interval", type=int, default=2, help="every n-th layer (2: the second, fourth, ...)")
+    parser.add_argument("--router", choices=_routers(), help="default: threshold; copy: switch")
+    for setting in _layer_flags():
+        flag, default = "--" + setting.name.replace("_", "-"), OWN_DEFAULTS.get(setting.flat, setting.default)
+        if setting.kind is bool:
+            parser.add_argument(flag, action="store_true", help=setting.help)
+        else:
+            kind = argument_type(setting)
+            parser.add_argument(flag, type=kind, default=default, choices=setting.choices, help=setting.help)
     return parser
+
+
+def _routers() -> list[str]:
+    """Routers whose layer can start as the dense FFN."""
+    return [name for name, router in ROUTERS.items() if router.weights_by_softmax]
+
+
+def _layer_flags() -> list[Setting]:
+    """What can be chosen of the new layers: where they are, and the settings of the routers."""
+    names = {setting.flat for name in _routers() for setting in ROUTERS[name].settings}
+    names |= {"moe_normalize_weights", "moe_capacity_factor", "moe_sides", "moe_interval"}
+    return [setting for name, setting in moe_settings().items() if name in names]
 
 
 @reports_errors("import-dense")
@@ -265,12 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = DenseImport(args.num_experts, args.mode, args.grouping, args.router_start, args.router_scale, args.seed)
     moe = {
         "moe_router": args.router or ("threshold" if args.mode == "split" else "switch"),
-        "moe_threshold": args.threshold,
-        "moe_top_k": args.top_k,
-        "moe_normalize_weights": args.normalize_weights,
-        "moe_capacity_factor": args.capacity_factor,
-        "moe_sides": args.sides,
-        "moe_interval": args.interval,
+        **{setting.flat: getattr(args, setting.name) for setting in _layer_flags()},
     }
     new = import_dense(load_checkpoint(args.checkpoint), how, moe)
     save_checkpoint(new, args.out)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.moe_args import SETTINGS
+from ..models.moe_args import moe_config, moe_settings
+from ..moe.registry import LAYERS, ROUTERS
 from .files import CheckpointError, State
 
 Shape = tuple[int, ...]
@@ -38,7 +40,7 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """``settings`` with the default of every ``moe_*`` setting it lacks, if it is a MoE model's."""
     if "moe_num_experts" not in settings:
         return settings
-    return {**{name: setting.default for name, setting in SETTINGS.items()}, **settings}
+    return {**{name: setting.default for name, setting in moe_settings().items()}, **settings}
 
 
 def moe_layers(state: State) -> list[tuple[str, int]]:
@@ -63,7 +65,7 @@ def check_structure(state: State, path: Any = "the checkpoint") -> None:
     settings, model = with_defaults(model_settings(state)), state["model"]
     moe = moe_layers(state)
     for side, index in moe:
-        for name, shape in _moe_shapes(settings, side).items():
+        for name, shape in _moe_shapes(settings, moe, (side, index), path).items():
             _check_tensor(model, f"{side}.layers.{index}.moe.{name}", shape, path)
     for side in ("encoder", "decoder"):
         for index in range(settings.get(f"{side}_layers") or 0):
@@ -73,21 +75,20 @@ def check_structure(state: State, path: Any = "the checkpoint") -> None:
                 _require_shape(name, model[name], shape, path)
 
 
-def _moe_shapes(settings: dict[str, Any], side: str) -> dict[str, Shape]:
-    experts, hidden = settings["moe_num_experts"], settings["moe_expert_dim"]
-    width = settings[f"{side}_embed_dim"]
-    shapes: dict[str, Shape] = {"experts.b1": (experts, hidden), "experts.b2": (experts, width)}
-    if settings["moe_weights"] == "int8":
-        shapes |= {"experts.q1": (experts, hidden, width), "experts.scale1": (experts, hidden)}
-        shapes |= {"experts.q2": (experts, width, hidden), "experts.scale2": (experts, width)}
-    else:
-        shapes |= {"experts.w1": (experts, width, hidden), "experts.w2": (experts, hidden, width)}
-    if (
-        settings["moe_router"] in ("threshold", "top_k", "switch", "adamoe", "base")
-        and not settings["moe_merge_experts"]
-    ):
-        shapes["router.weight"] = (experts + settings["moe_null_experts"], width)
-    return shapes
+def _moe_shapes(
+    settings: dict[str, Any], places: list[tuple[str, int]], place: tuple[str, int], path: Any
+) -> dict[str, Shape]:
+    """Name -> shape of the tensors of one MoE layer; of its router only where the router is registered."""
+    side, index = place
+    known = settings["moe_router"] in ROUTERS
+    view = argparse.Namespace(**{**settings, "moe_places": places, **({} if known else {"moe_router": "switch"})})
+    widths = {"embed_dim": settings[f"{side}_embed_dim"], "dense_dim": settings[f"{side}_ffn_embed_dim"]}
+    try:
+        config = moe_config(view, side=side, layer_index=index, **widths)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its settings are those of no model: {error}") from None
+    shapes = LAYERS[config.layer_kind].state_shapes(config)
+    return {name: shape for name, shape in shapes.items() if known or not name.startswith("router.")}
 
 
 def _check_tensor(model: dict[str, Tensor], name: str, shape: Shape, path: Any) -> None:
@@ -173,12 +174,9 @@ def describe_method(settings: dict[str, Any]) -> str:
     settings = with_defaults(settings)
     parts = ["merged experts" if settings["moe_merge_experts"] else settings["moe_router"]]
     parts.append(f"{settings['moe_num_experts']} experts of {settings['moe_expert_dim']}")
-    if settings["moe_router"] == "threshold":
-        parts.append(f"t {settings['moe_threshold']}")
-    if settings["moe_top_k"] is not None:
-        parts.append(f"k {settings['moe_top_k']}")
-    if settings["moe_null_experts"]:
-        parts.append(f"{settings['moe_null_experts']} null experts")
+    router = ROUTERS.get(settings["moe_router"])
+    described = [setting.describe(settings[setting.flat]) for setting in (router.settings if router else ())]
+    parts += [text for text in described if text]
     parts.append(f"gamma {settings['moe_capacity_factor']} (inference {settings['moe_eval_capacity_factor']})")
     parts.append(f"sides {settings['moe_sides']}, every {settings['moe_interval']} layers")
     return ", ".join(parts)

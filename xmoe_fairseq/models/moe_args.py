@@ -111,7 +111,7 @@ def moe_config(cfg: Any, *, side: str, layer_index: int, embed_dim: int, dense_d
     return MoEConfig(
         embed_dim=embed_dim,
         activation=str(cfg.activation_fn),
-        activation_dropout=cfg.activation_dropout or cfg.relu_dropout or 0.0,
+        activation_dropout=getattr(cfg, "activation_dropout", 0.0) or getattr(cfg, "relu_dropout", 0.0) or 0.0,
         dense_dim=dense_dim,
         **values,
     )

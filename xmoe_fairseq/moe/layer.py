@@ -13,8 +13,7 @@ from .activations import ACTIVATIONS
 from .capacity import make_plan
 from .config import MoEConfig
 from .context import SentenceContext
-from .experts.ranks import build_experts
-from .experts.stacked import expert_shapes
+from .experts.ranks import build_experts, experts_class
 from .plan import RoutingPlan
 from .registry import LAYERS, register_layer, router_class
 
@@ -59,9 +58,10 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
 
     @classmethod
     def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the experts' and the router's part of the state dict, for float weights."""
+        """Name -> shape of the experts' and the router's part of the state dict."""
         router = router_class(config.router).state_shapes(config)
-        return expert_shapes(config) | {f"router.{name}": shape for name, shape in router.items()}
+        experts = experts_class(config).state_shapes(config)
+        return _inside("experts", experts) | _inside("router", router)
 
     def forward(
         self,
@@ -110,6 +110,10 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
             # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
             x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
         return x_TD, real_T, None if token_ids is None else token_ids.reshape(-1)
+
+
+def _inside(part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"{part}.{name}": shape for name, shape in shapes.items()}
 
 
 class SharedExpert(nn.Module):

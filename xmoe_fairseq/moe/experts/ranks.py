@@ -53,6 +53,11 @@ def build_experts(config: MoEConfig) -> Any:
     return QUANTISED[config.weights](config)
 
 
+def experts_class(config: MoEConfig) -> Any:
+    """The class that holds all experts of a checkpoint with this configuration."""
+    return Experts if config.weights == "float" else QUANTISED[config.weights]
+
+
 def local_slice(num_experts: int) -> slice:
     """The experts of this rank.
 

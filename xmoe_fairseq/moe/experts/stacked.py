@@ -56,16 +56,25 @@ class Experts(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
         self.config = config
-        self.w1 = nn.Parameter(torch.empty(experts, width, hidden))
-        self.b1 = nn.Parameter(torch.empty(experts, hidden))
-        self.w2 = nn.Parameter(torch.empty(experts, hidden, width))
-        self.b2 = nn.Parameter(torch.empty(experts, width))
-        for weight, bias, fan_in in ((self.w1, self.b1, width), (self.w2, self.b2, hidden)):
+        shapes = self.state_shapes(config)
+        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(torch.empty(shape)) for shape in shapes.values())
+        for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
+            fan_in = weight.size(1)
             bound = 1 / math.sqrt(fan_in)
             nn.init.uniform_(weight, -bound, bound)
             nn.init.uniform_(bias, -bound, bound)
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything in the state dict."""
+        experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
+        return {
+            "w1": (experts, width, hidden),
+            "b1": (experts, hidden),
+            "w2": (experts, hidden, width),
+            "b2": (experts, width),
+        }
 
     # row counts depend on data: one graph break, no recompiles
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -96,17 +105,6 @@ class Experts(nn.Module):
             hidden_TEF = nn.functional.dropout(hidden_TEF, self.config.activation_dropout)
         weighted = (hidden_TEF * weight_TE.unsqueeze(-1)).view(-1, num_experts * hidden)
         return weighted @ w2_EFD.reshape(num_experts * hidden, width) + weight_TE @ b2_ED
-
-
-def expert_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of ``Experts``' state dict, as part of a layer's."""
-    experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
-    return {
-        "experts.w1": (experts, width, hidden),
-        "experts.b1": (experts, hidden),
-        "experts.w2": (experts, hidden, width),
-        "experts.b2": (experts, width),
-    }
 
 
 def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:

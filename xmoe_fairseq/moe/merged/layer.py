@@ -18,7 +18,7 @@ from ..balance import SpreadTerms
 from ..capacity import make_plan
 from ..config import MoEConfig
 from ..context import SentenceContext
-from ..experts.stacked import Experts, compute_dtype, expert_shapes
+from ..experts.stacked import Experts, compute_dtype
 from ..layer import MoELayer
 from ..plan import Choices, RoutingPlan
 from ..registry import register_layer
@@ -77,7 +77,8 @@ class MergedMoELayer(MoELayer):
     def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
         gate = (config.num_experts, config.embed_dim)
         names = [f"gate{number}.{weight}" for number in (1, 2) for weight in ("weight", "noise_weight")]
-        return expert_shapes(config) | dict.fromkeys(names, gate)
+        experts = {f"experts.{name}": shape for name, shape in Experts.state_shapes(config).items()}
+        return experts | dict.fromkeys(names, gate)
 
     def __init__(self, config: MoEConfig) -> None:
         nn.Module.__init__(self)

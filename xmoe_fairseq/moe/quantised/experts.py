@@ -14,6 +14,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..config import MoEConfig
 from ..experts import few_rows
+from ..experts.stacked import Experts
 from ..native.rows import Int8Weights, combine, float_linear, int8_linear_of_floats
 from ..plan import RoutingPlan
 from .weights import StoredNumbers, quantise_channels, with_sums
@@ -27,6 +28,11 @@ class _InferenceExperts(StoredNumbers):
         self.config = config
         self.register_buffer("b1", torch.zeros(config.num_experts, config.expert_dim))
         self.register_buffer("b2", torch.zeros(config.num_experts, config.embed_dim))
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything in the state dict."""
+        return Experts.state_shapes(config)
 
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD``, no gradient.
@@ -76,6 +82,19 @@ class Int8Experts(_InferenceExperts):
         self.register_buffer("q2", torch.zeros(experts, width, hidden, dtype=torch.int8))
         self.register_buffer("scale2", torch.zeros(experts, width))
         self._ready: tuple[Int8Weights, Int8Weights] | None = None
+
+    @classmethod
+    def state_shapes(cls, config: MoEConfig) -> dict[str, tuple[int, ...]]:
+        experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
+        shapes = super().state_shapes(config)
+        for name in ("w1", "w2"):
+            del shapes[name]
+        return shapes | {
+            "q1": (experts, hidden, width),
+            "scale1": (experts, hidden),
+            "q2": (experts, width, hidden),
+            "scale2": (experts, width),
+        }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._ready = None
