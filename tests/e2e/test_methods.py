@@ -11,8 +11,8 @@ import torch
 
 from eval import analyse, sweep
 from eval.page.render import summary
-from eval.routing.loading import load
 from eval.run.record import Run
+from eval.text.loading import load
 from tests.e2e import stock
 from xmoe_fairseq.checkpoints.inspect import inspect_checkpoint
 from xmoe_fairseq.moe import MoEConfig, MoELayer
