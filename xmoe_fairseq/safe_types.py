@@ -14,7 +14,9 @@ import torch
 
 def allow_checkpoint_types() -> None:
     """Let ``torch.load(..., weights_only=True)`` build these types; calling it again changes nothing."""
-    multiarray = getattr(np, "_core", None) or np.core  # NumPy 1 has the second name only
+    multiarray = (getattr(np, "_core", None) or np.core).multiarray  # NumPy 1 has the second name only
+    dtypes = [type(np.dtype(number)) for number in (np.float64, np.float32, np.int64)]
+    # arrays are the counts behind --eval-bleu, kept with the meters; their _reconstruct makes an empty array, no more
     torch.serialization.add_safe_globals(
-        [argparse.Namespace, np.dtype, multiarray.multiarray.scalar, type(np.dtype(np.float64))]
+        [argparse.Namespace, np.dtype, np.ndarray, multiarray.scalar, multiarray._reconstruct, *dtypes]
     )

@@ -2,6 +2,7 @@ import os
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,13 @@ def test_no_flipped_bit_changes_what_is_loaded(path, moe_state):
         except CheckpointError:
             continue
         assert all(torch.equal(tensor, moe_state["model"][name]) for name, tensor in loaded["model"].items())
+
+
+def test_counts_of_eval_bleu_are_loaded(moe_state, tmp_path):
+    counts = np.array([3, 1, 0, 0])
+    save_checkpoint({**moe_state, "extra_state": {"metrics": [counts, counts / 2]}}, tmp_path / "bleu.pt")
+    loaded = load_checkpoint(tmp_path / "bleu.pt")["extra_state"]["metrics"]
+    assert [array.tolist() for array in loaded] == [[3, 1, 0, 0], [1.5, 0.5, 0, 0]]
 
 
 class Malicious:

@@ -9,7 +9,17 @@ from __future__ import annotations
 
 def install() -> None:
     """Install what every command needs; doing it again changes nothing."""
-    from . import amp, checkpoint_files, cpu_bfloat16, dummy_batches, early_stopping, kept_memory, numpy_names, signals
+    from . import (
+        amp,
+        checkpoint_files,
+        cpu_bfloat16,
+        dummy_batches,
+        early_stopping,
+        kept_memory,
+        numpy_names,
+        signals,
+        validation_scores,
+    )
 
     for patch in (
         numpy_names,
@@ -20,6 +30,7 @@ def install() -> None:
         dummy_batches,
         early_stopping,
         signals,
+        validation_scores,
     ):
         patch.install()
 
