@@ -1,6 +1,6 @@
 """What spreading experts over GPUs costs and saves, on paper: bytes on the wire, memory per GPU, break-even points.
 
-    python -m benchmarks.cost_model --ranks 8 16 32
+    xmoe bench cost-model --ranks 8 16 32
 
 Byte counts are exact for this package's code (tests count what really leaves four ranks). Times divide bytes by
 link speeds stated below, each taken at 70 %: an estimate to choose settings by, not a measurement.

@@ -1,6 +1,6 @@
 """Sentences per second of ``fairseq-generate`` for several checkpoints on the same data, in turns.
 
-    python -m benchmarks.generate --data DATA_BIN dense=DIR/checkpoints/averaged.pt xmoe=DIR/checkpoints/averaged.pt
+    xmoe bench generate --data DATA_BIN dense=DIR/checkpoints/averaged.pt xmoe=DIR/checkpoints/averaged.pt
 
 The first checkpoint is what the others are compared with. A name may carry settings for its model:
 ``"xmoe t 0.7"=PATH@{'moe_threshold': 0.7}``. Times are fairseq's own: search included, loading left out.

@@ -1,6 +1,6 @@
 """Time, memory and FLOPs of one MoE layer beside a dense FFN of equal FLOPs, and beside other ways to compute it.
 
-    python -m benchmarks.layer [--tokens 1024 4096] [--dtype float32] [--device cpu] [--repeats 7] [--peers]
+    xmoe bench layer [--tokens 1024 4096] [--dtype float32] [--device cpu] [--repeats 7] [--peers]
 
 Three settings of the paper at D 512, equal parameters and FLOPs: 32 x 2048 top-1 gamma 1, 64 x 1024 t 0.9 gamma 2,
 128 x 512 t 0.9 gamma 4. The router is fresh, so that almost every expert is full: the load of early training. Modes:
@@ -83,7 +83,7 @@ def build(case: Case, tokens: int, with_peers: bool, like: Tensor) -> dict[str, 
     modules: dict[str, nn.Module] = {"dense": DenseFFN(WIDTH, DENSE), "ours": MoELayer(case.config())}
     if with_peers:
         arguments = (WIDTH, case.num_experts, case.expert_dim, case.threshold, case.gamma)
-        modules["loop over experts (released code's way)"] = LoopOverExperts(*arguments)
+        modules["loop over experts (official code's way)"] = LoopOverExperts(*arguments)
         modules["plain batched"] = PlainBatched(*arguments)
         rows = max(1, round(case.gamma * tokens / case.num_experts))
         modules["GEMMs alone"] = ExpertGemms(WIDTH, case.num_experts, case.expert_dim, rows)
@@ -120,12 +120,12 @@ def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict]:
     case = Case(64, 1024, 0.9, 2.0)
     x_TD = torch.randn(tokens, WIDTH, dtype=getattr(torch, options.dtype), device=options.device)
     modules: dict[str, nn.Module] = {"dense": DenseFFN(WIDTH, DENSE), "ours": MoELayer(config)}
-    modules["loop over experts (released code's way)"] = LoopOverExperts(WIDTH, 64, 1024, case.threshold, case.gamma)
+    modules["loop over experts (official code's way)"] = LoopOverExperts(WIDTH, 64, 1024, case.threshold, case.gamma)
     modules = {name: module.to(x_TD) for name, module in modules.items()}
     with torch.no_grad():
         for gate in (
             modules["ours"].router.weight,
-            modules["loop over experts (released code's way)"].route.gate.weight,
+            modules["loop over experts (official code's way)"].route.gate.weight,
         ):
             gate.mul_(_scale_for(4.0, gate, x_TD))
         plan = modules["ours"].eval()(x_TD)[1]

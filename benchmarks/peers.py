@@ -43,7 +43,7 @@ class _ThresholdGate(nn.Module):
 
 
 class LoopOverExperts(nn.Module):
-    """The released code's way: a top-C selection over the full (tokens x experts) priorities, then, expert by expert,
+    """The official code's way: a top-C selection over the full (tokens x experts) priorities, then, expert by expert,
     an indexed read of its C rows, a module call and an indexed sum into the output. Every expert computes; spare places
     hold unrouted tokens at weight 0. Autograd fills and adds a (T, D) gradient for each of these reads."""
 

@@ -1,6 +1,6 @@
 """Wall time of a MoE layer against its FLOPs and its granularity (the paper's Fig 8, redrawn), on one machine.
 
-    python -m benchmarks.scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
+    xmoe bench scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
 
 Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
   flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth

@@ -1,6 +1,6 @@
 """Words per second of ``fairseq-train`` for several architectures, in turns.
 
-    python -m benchmarks.train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 8]
+    xmoe bench train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 8]
 
 Each turn is a fresh ``fairseq-train`` of a few updates; the first two updates of a turn are left out. The figure of an
 architecture is the median over all its updates. Optimiser, logging and data loading are included, as a user has them;

@@ -5,7 +5,7 @@ usage() {
 Usage: data_prep/binarise.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --subwords DIR --out DIR
                              [--workers N] [--dry-run]
 
-Encodes clean text PREFIX.SRC and PREFIX.TGT with the subwords of `python -m data_prep.subwords learn` and turns it
+Encodes clean text PREFIX.SRC and PREFIX.TGT with the subwords of `xmoe prepare subwords learn` and turns it
 into fairseq's binary format: fairseq-train, fairseq-hydra-train and fairseq-generate read DIR. Both languages share
 a dictionary if the subwords are joint, else each has its own. The encoded text stays in DIR/encoded, line counts and
 checksums in DIR/encoded.tsv and DIR/binary.tsv.
@@ -30,7 +30,7 @@ for name in train valid test subwords out; do printf -v "$name" '%s' "$(absolute
 
 check_inputs() {
     local split language
-    [[ -f $subwords/subwords.json ]] || die "$subwords: no subwords there; learn them: python -m data_prep.subwords learn"
+    [[ -f $subwords/subwords.json ]] || die "$subwords: no subwords there; learn them: xmoe prepare subwords learn"
     for split in train valid test; do
         for language in "${languages[@]}"; do
             [[ -s ${!split}.$language ]] || die "--$split: ${!split}.$language is missing or empty"

@@ -180,9 +180,9 @@ get_held_out() {
 next_steps() {
     local cleaned=$out/clean/train
     printf '\n# next: clean the training text, keeping the held-out sets out of it, and take as many pairs as the paper\n'
-    printf 'python -m data_prep.clean --pair %s --input %q --output %q --exclude %q %q --language-id py3langid\n' \
+    printf 'xmoe prepare clean --pair %s --input %q --out %q --exclude %q %q --language-id py3langid\n' \
         "$pair" "$raw/train" "$cleaned" "$raw/valid" "$raw/test"
-    printf 'python -m data_prep.sample --pair %s --input %q --output %q --max-pairs %s\n' \
+    printf 'xmoe prepare sample --pair %s --input %q --out %q --max-pairs %s\n' \
         "$pair" "$cleaned" "$out/sample/train" "$(listed pairs)"
 }
 

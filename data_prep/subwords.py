@@ -84,9 +84,7 @@ def dictionary_name(name: str) -> str:
 def load_settings(folder: Path) -> Settings:
     path = folder / SETTINGS
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such file; learn subwords first: python -m data_prep.subwords learn --out {folder}"
-        )
+        raise DataError(f"{path}: no such file; learn subwords first: xmoe prepare subwords learn --out {folder}")
     return Settings(**json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -1,11 +1,11 @@
 """Analyse what a trained model's router does on a test set, and write one JSON of all figures.
 
-python -m eval.analyse --path CKPT --data DATABIN --user-dir xmoe_fairseq --output analysis.json
+xmoe analyse --checkpoint FILE --data DIR --user-dir xmoe_fairseq --out analysis.json
 
 Runs real forward passes with teacher forcing and counts what the routing plans say: load, dead experts, experts
 by kind, frequency and place of a token, agreement of layers, similarity of experts, positive hidden units. With
 --subwords it also translates, for the routing explorer and for BLEU. Then it lowers the threshold and the
-capacity. eval.report draws the page; docs/reading-a-routing.md explains every figure and the JSON.
+capacity. xmoe report draws the page; docs/reading-a-routing.md explains every figure and the JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.routing import corpus as corpora
-from eval.routing import passes, translation
+from eval.routing import forward_passes, translation
 from eval.routing.layers import moe_layers
 from eval.run.history import read_history
 from eval.text import files
@@ -56,7 +56,7 @@ def analyse(args: argparse.Namespace) -> dict[str, Any]:
             "sentences": len(corpus.indices),
             "skipped": corpus.num_skipped,
         },
-        **passes.observe(loaded, corpus, max_tokens=args.max_tokens, progress=True),
+        **forward_passes.observe(loaded, corpus, max_tokens=args.max_tokens, progress=True),
         "history": history,
     }
     search, references = _search(args, loaded, corpus)
@@ -157,8 +157,8 @@ def _sweeps(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any
     for name, points in _points(args, loaded).items():
         result[name] = []
         for setting in points:
-            with passes.routing_settings(loaded.model, **setting):
-                point = {**setting, **passes.evaluate(loaded, corpus, indices, max_tokens=args.max_tokens)}
+            with forward_passes.routing_settings(loaded.model, **setting):
+                point = {**setting, **forward_passes.evaluate(loaded, corpus, indices, max_tokens=args.max_tokens)}
                 if search is not None and len(spoken):
                     point["translation"] = _translated(search, corpus, spoken, references, language)
             result[name].append(point)
@@ -181,7 +181,9 @@ def _checkpoint_point(args: argparse.Namespace, path: str) -> dict[str, Any]:
     corpus = _corpus(args, loaded)
     described = describe(loaded)
     kept = {name: described[name] for name in ("path", "num_updates", "router", "threshold", "top_k")}
-    return kept | passes.evaluate(loaded, corpus, corpus.evenly(args.sweep_sentences), max_tokens=args.max_tokens)
+    return kept | forward_passes.evaluate(
+        loaded, corpus, corpus.evenly(args.sweep_sentences), max_tokens=args.max_tokens
+    )
 
 
 def _explorer(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Give a trained XMoE model its price: the threshold and the limit of experts per token to run it with.
 
-python -m eval.calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --budget 1.0
-python -m eval.calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --max-loss 0.01
+xmoe calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --budget 1.0
+xmoe calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --max-loss 0.01
 
 --out gets a copy of the checkpoint with the setting inside, so every command uses it without flags. A token takes as
 many experts as it needs, as before, and nothing depends on the batch.

@@ -1,6 +1,6 @@
 """Does our scorer reproduce published scores? Compares with a table of WMT22 systems, to 1e-6.
 
-python -m eval.check_oracle --folder DIR [--references DIR]
+xmoe oracle --folder DIR [--references DIR]
 
 DIR holds published.tsv (columns pair, system, bleu_published, chrf_published) and the outputs
 PAIR.SYSTEM.TGT; the references are wmt22.PAIR.TGT in --references (default: DIR/../../tests). Without DIR

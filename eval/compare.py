@@ -1,6 +1,6 @@
 """Is the difference between systems more than chance? sacreBLEU's paired tests over any number of systems.
 
-python -m eval.compare --references REF --systems NAME=FILE NAME=FILE ... --method bootstrap
+xmoe compare --references REF --systems NAME=FILE NAME=FILE ... --method bootstrap
 
 The first system is the baseline; each other one is tested against it. A p-value below 0.05 says that
 the two systems differ, not which is better; with many systems expect one in twenty to fall below by chance.

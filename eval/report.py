@@ -1,8 +1,8 @@
 """Write one HTML page about a run, or a comparison of runs: scores, curves, routing figures, routing explorer.
 
-python -m eval.report runs/demo/uk-en/xmoe [MORE_RUNS...] --output report.html
+xmoe report runs/demo/uk-en/xmoe [MORE_RUNS...] --out report.html
 
-A run is a folder with analysis.json (python -m eval.analyse) and, from scripts/run_pair.sh, scores.json; either may be
+A run is a folder with analysis.json (xmoe analyse) and, from xmoe run, scores.json; either may be
 missing. NAME=FOLDER gives it another name. The page opens offline and asks no network for anything.
 """
 

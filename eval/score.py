@@ -1,6 +1,6 @@
 """Score translations with sacreBLEU: BLEU and chrF2++ with the paper's settings, chrF2 and TER.
 
-python -m eval.score --hypotheses FILE --references FILE [FILE ...] --target-language en --json scores.json
+xmoe score --hypotheses FILE --references FILE [FILE ...] --target-lang en --out scores.json
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _make_resamples_alike(metric: Metric) -> None:
 
 
 def score_files(hypotheses: str, references: Sequence[str], *, target_language: str, **options: Any) -> dict[str, Any]:
-    """Score files and return the content of ``--json`` (schema: eval/README.md).
+    """Score files and return the content of ``--out`` (schema: eval/README.md).
 
     ``options`` are those of `score_corpus`. Raises: as `files.read_lines` and `score_corpus`.
     """

@@ -1,6 +1,6 @@
 """Try a model in the browser: type a sentence, see its translation and the experts of every token.
 
-python -m eval.serve --checkpoint runs/demo/uk-en/xmoe/checkpoints/averaged.pt
+xmoe serve --checkpoint runs/demo/uk-en/xmoe/checkpoints/averaged.pt
 
 Only this machine can open the page unless --host says otherwise. The server is Python's own: it needs no package, asks
 no network for anything, and bounds the size and the rate of requests.

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import xmoe_fairseq  # noqa: F401  registers models and lets checkpoints load
 from eval.routing.corpus import Corpus, binarised
+from eval.routing.forward_passes import evaluate, routing_settings
 from eval.routing.layers import moe_layers
-from eval.routing.passes import evaluate, routing_settings
 from eval.text import files
 from eval.text.loading import Loaded, load
 from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors

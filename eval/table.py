@@ -1,9 +1,9 @@
 """Lay our scores beside the paper's Table 3, as Markdown or LaTeX.
 
-python -m eval.table --paper table3 --cell METHOD PAIR SCORES.json [SCORES.json ...] [--cell ...]
+xmoe table --paper table3 --cell METHOD PAIR SCORES.json [SCORES.json ...] [--cell ...]
 
 METHOD is a row of the paper (dense, switch_32x2048, top_k_64x1024, top_k_128x512, xmoe_64x1024,
-xmoe_128x512) or any other name, which gets a row of its own. SCORES.json comes from eval.score --json;
+xmoe_128x512) or any other name, which gets a row of its own. SCORES.json comes from xmoe score --out;
 several files are runs with different seeds and become mean ± standard deviation. Scores made with other
 settings than the paper's stop the table; another test set than the paper's is marked.
 """
@@ -74,7 +74,7 @@ def _check_report(paper: dict[str, Any], path: str, report: dict[str, Any]) -> N
     for metric in _METRICS:
         score = report.get("scores", {}).get(metric, {})
         if not isinstance(score.get("score"), float) or "signature" not in score:
-            raise ValueError(f"{path}: has no {metric} score with its signature; make it with eval.score --json")
+            raise ValueError(f"{path}: has no {metric} score with its signature; make it with xmoe score --out")
         settings, expected = score["signature"].rpartition("|version:")[0], paper["signatures"][metric]
         if settings != expected:
             raise ValueError(f"{path}: {metric} was made with {settings}, the paper's is {expected}; score it again")

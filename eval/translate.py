@@ -1,7 +1,7 @@
 """Translate raw text with a trained model: one line out for each line in, in the same order.
 
-python -m eval.translate --path CKPT[:CKPT...] --data DATABIN --source-lang uk --target-lang en \\
-    --subwords MODEL --input FILE --output FILE
+xmoe translate --checkpoint FILE [FILE ...] --data DIR --source-lang uk --target-lang en \\
+    --subwords PATH --input FILE --out FILE
 
 The search is fairseq-generate's with the same options. An empty line gives an empty line. A line longer than
 the model's positions (or --max-length) is cut at sentence ends, then commas, then words, translated in

@@ -8,7 +8,7 @@ Starts a page on this machine to try a model: type a sentence, see the translati
 what the threshold t and the capacity cost. Opens at http://127.0.0.1:8000; Ctrl-C ends it.
 
   --checkpoint FILE   e.g. runs/demo/uk-en/xmoe/checkpoints/averaged.pt
-  -h, --help          this text, and all options of python -m eval.serve
+  -h, --help          this text, and all options of xmoe serve
 
 With a checkpoint of scripts/run_pair.sh, dictionaries and subwords are found beside it.
 Exit: 0 ended by Ctrl-C, 1 the model cannot be loaded, 2 bad arguments.

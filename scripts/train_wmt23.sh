@@ -6,7 +6,7 @@ Usage: scripts/train_wmt23.sh --pair SRC-en --method NAME [options]
 
 One cell of the paper's Table 3, from nothing to a score: download, clean, learn subwords, binarise (once for all
 methods of a pair), then train, average, translate the paper's test set and score it (scripts/run_pair.sh). Ends with
-OUT/scores.json and OUT/report.md; lay the cells beside the paper's with python -m eval.table.
+OUT/scores.json and OUT/report.md; lay the cells beside the paper's with xmoe table.
 
   --pair SRC-en         SRC is uk, de, ru, he or zh
   --method NAME         a file of train_configs/wmt23/; they are listed below
@@ -189,7 +189,7 @@ train_and_score() {
         return
     fi
     pass_signals leader "${command[@]}"
-    log "beside the paper: python -m eval.table --cell $method $pair $run_out/scores.json"
+    log "beside the paper: xmoe table --cell $method $pair $run_out/scores.json"
 }
 
 check_prepared() {

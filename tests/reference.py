@@ -68,7 +68,7 @@ def choose_top_k(probs: list[float], k: int) -> Choice:
 
 
 def capacity_of(gamma: float | None, num_real: int, num_experts: int, min_capacity: int) -> int | None:
-    """Eq 3 with the floor of the released code, never above the number of real tokens; gamma as it is written."""
+    """Eq 3 with the floor of the official code, never above the number of real tokens; gamma as it is written."""
     if gamma is None:
         return None
     return min(max(math.ceil(Fraction(str(gamma)) * num_real / num_experts), min_capacity), num_real)

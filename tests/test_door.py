@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 REGISTERED = (
     "from fairseq.models import ARCH_CONFIG_REGISTRY as archs;"
     "from fairseq.criterions import CRITERION_REGISTRY as criterions;"
-    "assert 'xmoe_transformer' in archs and 'xmoe_transformer_as_released' in archs;"
+    "assert 'xmoe_transformer' in archs and 'xmoe_transformer_as_official' in archs;"
     "assert 'label_smoothed_cross_entropy_with_load_balance' in criterions"
 )
 needs_fairseq = pytest.mark.skipif(find_spec("fairseq") is None, reason="fairseq is not installed")
@@ -50,7 +50,7 @@ def test_checkpoints_of_fairseq_load_safely_without_fairseq(tmp_path):
         "import xmoe_fairseq.criterions.load_balance",
         "import xmoe_fairseq.optim.fused_adam",
         "import xmoe_fairseq.checkpoints.structure",
-        "import xmoe_fairseq.checkpoints.released",
+        "import xmoe_fairseq.checkpoints.official",
         "import xmoe_fairseq.patches.checkpoint_files",
     ],
 )

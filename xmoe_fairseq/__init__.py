@@ -17,7 +17,7 @@ def _allow_checkpoint_types() -> None:
 
 def _register_with_fairseq() -> None:
     from . import criterions, models, optim, patches  # noqa: F401  importing registers them
-    from .checkpoints import released  # noqa: F401  registers --arch xmoe_transformer_as_released
+    from .checkpoints import official  # noqa: F401  registers --arch xmoe_transformer_as_official
 
     patches.install()
 

@@ -39,6 +39,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("prepare download", "data_prep/download_wmt23.sh", "fetch a language pair of WMT23"),
         Command("prepare validate", "data_prep.validate", "check parallel text, change nothing"),
         Command("prepare clean", "data_prep.clean", "mend and filter parallel text"),
+        Command("prepare sample", "data_prep.sample", "draw a number of pairs by seed"),
         Command("prepare subwords", "data_prep.subwords", "learn, encode, decode, dictionaries"),
         Command("prepare binarise", "data_prep/binarise.sh", "clean text to fairseq's binary data"),
         Command("prepare wikitext103", "data_prep/wikitext103.sh", "fetch and binarise the language models' text"),
@@ -74,7 +75,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("checkpoint average", "xmoe_fairseq.checkpoints.average", "average several of one training"),
         Command("checkpoint quantise", "xmoe_fairseq.checkpoints.quantise", "int8 or bfloat16 weights, for inference"),
         Command(
-            "checkpoint import-official", "xmoe_fairseq.checkpoints.import_official", "convert one of the released code"
+            "checkpoint import-official", "xmoe_fairseq.checkpoints.import_official", "convert one of the official code"
         ),
         Command(
             "checkpoint import-dense", "xmoe_fairseq.checkpoints.import_dense", "start from a dense fairseq transformer"

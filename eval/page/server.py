@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from eval.page import TEMPLATES
-from eval.routing import passes, translation
+from eval.routing import forward_passes, translation
 from eval.routing.layers import moe_layers
 from eval.text.translator import Translator
 from xmoe_fairseq.moe import record_plans
@@ -113,7 +113,7 @@ class Page:
         if not self._busy.acquire(timeout=WAIT_SECONDS):
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the model is busy with other sentences; try again")
         try:
-            with passes.routing_settings(self.loaded.model, **settings):
+            with forward_passes.routing_settings(self.loaded.model, **settings):
                 return self._translate(text, settings)
         except ValueError as error:  # a sentence with more subwords than the model has positions for
             raise RequestError(HTTPStatus.BAD_REQUEST, str(error)) from None
@@ -153,8 +153,8 @@ class Page:
             found = self.translator.translate([text])[0]
         seconds = time.perf_counter() - start
         sums: dict[str, dict[str, float]] = {}
-        passes.add_plans(sums, plans)
-        figures = passes.summed_figures(sums)
+        forward_passes.add_plans(sums, plans)
+        figures = forward_passes.summed_figures(sums)
         rows = {name: sum(int(plan.count_E.sum()) for plan in of_layer) for name, of_layer in plans.items()}
         layers = moe_layers(self.loaded.model)
         source, target = " ".join(self.translator.encode(text)), " ".join(found.tokens)

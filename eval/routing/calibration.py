@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from eval.routing.corpus import Corpus
+from eval.routing.forward_passes import evaluate, layer_settings
 from eval.routing.layers import moe_layers
 from eval.routing.masses import RouterMasses, solve
-from eval.routing.passes import evaluate, layer_settings
 from eval.text.loading import Loaded
 
 CLOSE = 0.005  # a measured cost this near to the budget, relatively, is as good as it

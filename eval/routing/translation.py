@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eval import score
 from eval.routing.corpus import Corpus, from_lines
-from eval.routing.passes import add_plans, short_label, summed_figures
+from eval.routing.forward_passes import add_plans, short_label, summed_figures
 from eval.text.loading import Loaded
 from eval.text.search import BeamSearch, Hypothesis
 from eval.text.subwords import load_subwords

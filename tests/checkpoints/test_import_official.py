@@ -1,4 +1,4 @@
-"""Against a slow layer of our own; and, where the folder of recorded outputs of the released code is, against those."""
+"""Against a slow layer of our own; and, where the folder of recorded outputs of the official code is, against those."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ import torch
 
 from xmoe_fairseq.checkpoints.files import CheckpointError, load_checkpoint, save_checkpoint
 from xmoe_fairseq.checkpoints.import_official import convert_tensors, import_official, main
-from xmoe_fairseq.checkpoints.released import ReleasedMoELayer
+from xmoe_fairseq.checkpoints.official import OfficialMoELayer
 from xmoe_fairseq.checkpoints.structure import MissingExpertError, WrongSizeError
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
@@ -20,12 +20,12 @@ ROUTERS = {
     "base": lambda case: {"router": "base"},
 }
 needs_cases = pytest.mark.skipif(
-    not CASES.is_dir(), reason="no recorded outputs of the released code; set XMOE_OFFICIAL_CASES to their folder"
+    not CASES.is_dir(), reason="no recorded outputs of the official code; set XMOE_OFFICIAL_CASES to their folder"
 )
 
 
 def released_names(weights, layer="encoder.layers.1"):
-    """One layer's stacked tensors under the names of the released code."""
+    """One layer's stacked tensors under the names of the official code."""
     model = {f"{layer}.gate.wg.weight": weights["wg"]}
     for theirs, key in (("fc1.weight", "fc1_w"), ("fc1.bias", "fc1_b"), ("fc2.weight", "fc2_w"), ("fc2.bias", "fc2_b")):
         for expert, tensor in enumerate(weights[key]):
@@ -48,7 +48,7 @@ def random_weights(experts=3, width=5, hidden=4):
 
 @pytest.fixture
 def released_state(tiny):
-    """A checkpoint in the released layout: two encoder layers, the second with 4 experts of 12."""
+    """A checkpoint in the official layout: two encoder layers, the second with 4 experts of 12."""
     state = tiny.state("dense_transformer_tiny", activation_fn="relu")
     weights = random_weights(4, 16, 12)
     replaced = ("encoder.layers.1.fc1", "encoder.layers.1.fc2")
@@ -72,13 +72,13 @@ def test_the_layout_is_read_right():
     for e in range(3):
         hidden = torch.relu(x @ weights["fc1_w"][e].t() + weights["fc1_b"][e])
         expected += probs[:, e : e + 1] * (hidden @ weights["fc2_w"][e].t() + weights["fc2_b"][e])
-    for kind in (MoELayer, ReleasedMoELayer):
+    for kind in (MoELayer, OfficialMoELayer):
         torch.testing.assert_close(layer_of(weights, config, kind).eval()(x)[0], expected)
 
 
 def test_an_imported_checkpoint_loads_in_fairseq(tiny, released_state, tmp_path):
-    save_checkpoint(released_state, tmp_path / "released.pt")
-    main(["--checkpoint", str(tmp_path / "released.pt"), "--out", str(tmp_path / "ours.pt")])
+    save_checkpoint(released_state, tmp_path / "official.pt")
+    main(["--checkpoint", str(tmp_path / "official.pt"), "--out", str(tmp_path / "ours.pt")])
     ours = load_checkpoint(tmp_path / "ours.pt")
     settings = ours["cfg"]["model"]
     assert (settings.arch, settings.moe_sides, settings.moe_interval) == ("xmoe_transformer", "encoder", 2)
@@ -89,11 +89,11 @@ def test_an_imported_checkpoint_loads_in_fairseq(tiny, released_state, tmp_path)
     assert tiny.logits(tmp_path / "ours.pt").isfinite().all()
 
 
-def test_as_released_drops_and_routes_padding_like_the_released_code(tiny, released_state, tmp_path):
-    save_checkpoint(import_official(released_state, as_released=True), tmp_path / "as_released.pt")
-    model = tiny.load(tmp_path / "as_released.pt")
+def test_as_official_drops_and_routes_padding_like_the_released_code(tiny, released_state, tmp_path):
+    save_checkpoint(import_official(released_state, as_official=True), tmp_path / "as_official.pt")
+    model = tiny.load(tmp_path / "as_official.pt")
     layer = model.encoder.layers[1].moe
-    assert isinstance(layer, ReleasedMoELayer)
+    assert isinstance(layer, OfficialMoELayer)
     x = torch.randn(20, 1, 16, generator=torch.Generator().manual_seed(0))
     y, plan = layer(x, padding=torch.ones(20, 1, dtype=torch.bool))
     assert plan.num_real_tokens == 20
@@ -108,13 +108,13 @@ def test_what_is_not_whole_is_refused(released_state, dense_state):
         import_official({**released_state, "model": {n: t for n, t in model.items() if n != name}})
     with pytest.raises(WrongSizeError, match="4 experts of shapes"):
         import_official({**released_state, "model": {**model, name: torch.zeros(3)}})
-    with pytest.raises(CheckpointError, match="not a checkpoint of the released code"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of the official code"):
         import_official(dense_state)
     settings = argparse.Namespace(**{**vars(released_state["cfg"]["model"]), "moe_type": "base"})
     base = {**released_state, "cfg": {**released_state["cfg"], "model": settings}}
     assert import_official(base)["cfg"]["model"].moe_router == "base"
-    with pytest.raises(CheckpointError, match="--as-released repeats moe_type threshold"):
-        import_official(base, as_released=True)
+    with pytest.raises(CheckpointError, match="--as-official repeats moe_type threshold"):
+        import_official(base, as_official=True)
 
 
 def recorded_layers():
@@ -151,7 +151,7 @@ def test_our_layer_equals_the_recorded_released_layer(name):
 
 @needs_cases
 def test_base_equals_the_recorded_layer_where_that_one_served_the_token():
-    # the released code drops tokens of a full expert in an arbitrary order; ours, at inference, drops none
+    # the official code drops tokens of a full expert in an arbitrary order; ours, at inference, drops none
     case = torch.load(CASES / "base_cf1_eval.pt", weights_only=True)
     config = {**case["config"]}
     layer = layer_of(case["weights"], case_config(config)).eval()
@@ -162,11 +162,11 @@ def test_base_equals_the_recorded_layer_where_that_one_served_the_token():
 
 @needs_cases
 @pytest.mark.parametrize("batch", ["B1", "B8", "B100"])
-def test_as_released_equals_the_recorded_whole_model(batch, tmp_path):
+def test_as_official_equals_the_recorded_whole_model(batch, tmp_path):
     from fairseq import checkpoint_utils
 
     path = tmp_path / "model.pt"
-    save_checkpoint(import_official(load_checkpoint(CASES / "official_ckpt_ep64_small.pt"), as_released=True), path)
+    save_checkpoint(import_official(load_checkpoint(CASES / "official_ckpt_ep64_small.pt"), as_official=True), path)
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)], arg_overrides={"data": str(CASES)})
     recorded = torch.load(CASES / "official_model_io.pt", weights_only=True)[batch]
     model.eval()

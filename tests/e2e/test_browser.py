@@ -9,7 +9,7 @@ import pytest
 from eval import analyse, serve
 from eval.page.render import render
 from eval.routing import corpus as corpora
-from eval.routing import passes, translation
+from eval.routing import forward_passes, translation
 from eval.run.record import Run
 from tests.eval import tiny_routed
 from tests.eval.conftest import TinyModel, tiny_model
@@ -83,7 +83,7 @@ def report_page(tmp_path) -> tuple[Path, dict]:
     loaded = tiny_routed.hand_routed()
     source, target = ["▁a b ▁12 ,", "▁a"], ["b", "▁a ▁a"]
     analysis = {"schema": 1, "checkpoint": analyse.describe(loaded), "data": {"sentences": 2}, "history": None}
-    analysis |= passes.observe(loaded, corpora.from_lines(loaded, source, target), max_tokens=100)
+    analysis |= forward_passes.observe(loaded, corpora.from_lines(loaded, source, target), max_tokens=100)
     routed = translation.routing_of(loaded, source, target)
     analysis["explorer"] = [
         {"id": i, **sentence, "translation": f"number {i}", "reference": "a reference", "score": -1.0}

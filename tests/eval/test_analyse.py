@@ -10,7 +10,7 @@ import torch
 
 from eval import analyse
 from eval.routing import corpus as corpora
-from eval.routing import passes, tokens, translation
+from eval.routing import forward_passes, tokens, translation
 from eval.routing.layers import moe_layers
 from eval.routing.sums import AgreementSums, normalised_mutual_information
 from eval.run.history import read_history
@@ -27,7 +27,7 @@ SOURCE, TARGET = ["▁a b ▁12 ,", "▁a"], ["b", "▁a ▁a"]
 def observed() -> dict:
     loaded = tiny_routed.hand_routed()
     corpus = corpora.from_lines(loaded, SOURCE, TARGET)
-    return passes.observe(loaded, corpus, max_tokens=100)
+    return forward_passes.observe(loaded, corpus, max_tokens=100)
 
 
 def test_load_and_experts_per_token_are_counted(observed):
@@ -120,8 +120,8 @@ def test_sweeps_count_rows_and_leave_the_model_as_it_was(setting, wanted, used):
     for layer in moe_layers(loaded.model).values():
         torch.nn.init.zeros_(layer.router.weight)  # all four experts at 1/4: ties go to the lower index
     corpus = corpora.from_lines(loaded, SOURCE, TARGET)
-    with passes.routing_settings(loaded.model, **setting):
-        point = passes.evaluate(loaded, corpus, corpus.indices, max_tokens=100)
+    with forward_passes.routing_settings(loaded.model, **setting):
+        point = forward_passes.evaluate(loaded, corpus, corpus.indices, max_tokens=100)
     for figures in (point, point["layers"]["encoder 0"]):
         assert figures["wanted"] == pytest.approx(wanted / 7)
         assert figures["used"] == pytest.approx(used / 7)
@@ -152,10 +152,10 @@ def test_routing_of_sentences_is_the_plan():
 def test_a_dense_model_has_figures_but_no_layers():
     loaded = tiny_routed.build("dense_transformer_tiny")
     corpus = corpora.from_lines(loaded, SOURCE, TARGET)
-    result = passes.observe(loaded, corpus, max_tokens=100)
+    result = forward_passes.observe(loaded, corpus, max_tokens=100)
     assert result["layers"] == {}
     assert list(result["dense_layers"]) == ["encoder 0", "encoder 1", "decoder 0"]
-    assert passes.evaluate(loaded, corpus, corpus.indices, max_tokens=100)["flops"] is None
+    assert forward_passes.evaluate(loaded, corpus, corpus.indices, max_tokens=100)["flops"] is None
 
 
 def test_problems_name_dead_experts_and_nan(observed):
@@ -232,7 +232,7 @@ def test_the_explorer_holds_the_weights_of_the_plan(analysis, tiny_model):
     with torch.no_grad(), record_plans(loaded.model) as plans:
         loaded.model(**sample["net_input"])
     for name, (plan,) in plans.items():
-        for token, row in enumerate(sentence["routing"][passes.short_label(name)]):
+        for token, row in enumerate(sentence["routing"][forward_passes.short_label(name)]):
             of_token = plan.token_index_A == token  # one sentence: rows are its tokens
             want = dict(zip(plan.expert_index_A[of_token].tolist(), plan.weight_A[of_token].tolist(), strict=True))
             assert row[0] == len(want)
@@ -328,7 +328,7 @@ def test_describe_reads_a_namespace():
 def test_every_method_is_analysed(settings):
     loaded = tiny_routed.build(**settings)
     corpus = corpora.from_lines(loaded, SOURCE, TARGET)
-    result = analyse.finite(passes.observe(loaded, corpus, max_tokens=100))
+    result = analyse.finite(forward_passes.observe(loaded, corpus, max_tokens=100))
     assert list(result["layers"]) == ["encoder 0", "encoder 1", "decoder 0"]
     assert all(
         sum(layer["rows"]) == pytest.approx(layer["used"] * layer["tokens"]) for layer in result["layers"].values()

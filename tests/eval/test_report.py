@@ -11,7 +11,7 @@ from eval.page import figures, render
 from eval.page.layer_figures import load_heatmap
 from eval.page.sweep_figures import speed_figure
 from eval.routing import corpus as corpora
-from eval.routing import passes, translation
+from eval.routing import forward_passes, translation
 from eval.run.record import Run
 from tests.eval import tiny_routed
 
@@ -25,7 +25,7 @@ def make_analysis(loaded, **more) -> dict:
         "checkpoint": analyse.describe(loaded),
         "data": {"set": "test", "sentences": 2, "skipped": 0},
     }
-    result |= passes.observe(loaded, corpus, max_tokens=100)
+    result |= forward_passes.observe(loaded, corpus, max_tokens=100)
     result |= {"history": None, "sweeps": {}, "checkpoints": [], "explorer": [], **more}
     result["problems"] = analyse.problems(result)
     return analyse.finite(result)

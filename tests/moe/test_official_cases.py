@@ -1,4 +1,4 @@
-"""The layer against inputs and outputs of the released code (ysngki/XMoE)."""
+"""The layer against inputs and outputs of the official code (ysngki/XMoE)."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_base_assigns_at_least_as_well_as_the_released_auction() -> None:
 
 def test_base_at_inference_takes_the_best_expert_with_the_same_weight() -> None:
     case, layer = load("base_cf1_eval")
-    # the released code drops by token order at test; here whom to drop is a question of priority, so drop nobody
+    # the official code drops by token order at test; here whom to drop is a question of priority, so drop nobody
     layer = MoELayer(dataclasses.replace(layer.config, eval_capacity_factor=None)).eval()
     layer.load_state_dict(load("base_cf1_eval")[1].state_dict())
     y, plan = layer(case["x"])

@@ -22,9 +22,7 @@ from ..safe_types import allow_checkpoint_types
 State = dict[str, Any]
 _ZIP_START = b"PK\x03\x04"
 _PICKLE_START = b"\x80"  # files older than torch 1.6
-_WAY_OUT = (
-    "take an older checkpoint (python -m xmoe_fairseq.checkpoints.inspect --fallback DIR names the last good one)"
-)
+_WAY_OUT = "take an older checkpoint (xmoe checkpoint inspect --fallback DIR names the last good one)"
 
 
 class CheckpointError(ValueError):

@@ -22,7 +22,7 @@ A translation or language model trained with fairseq and the package `xmoe_fairs
 
 ## Use
 
-    python -m xmoe_fairseq.checkpoints.import_safetensors --input THIS_FOLDER --output model.pt
+    xmoe checkpoint import-safetensors --input THIS_FOLDER --out model.pt
     fairseq-generate DATA_BIN --user-dir xmoe_fairseq --path model.pt
 
 `DATA_BIN` is binarised with the dictionaries (`dict.*.txt`) and the subword model of the training; they are not part of

@@ -161,7 +161,7 @@ def refuse_training_of_quantised(state: State, path: Any) -> None:
     if held != "float":
         raise CheckpointError(
             f"{path}: {held}: it cannot be trained, continued or finetuned; train the float checkpoint that it was "
-            "made of and quantise the result (python -m xmoe_fairseq.checkpoints.quantise)"
+            "made of and quantise the result (xmoe checkpoint quantise)"
         )
 
 
@@ -169,7 +169,7 @@ def describe_method(settings: dict[str, Any]) -> str:
     """One line: the routing method and its sizes, or the dense FFN."""
     if "moe_num_experts" not in settings:
         if "num_experts" in settings and "moe_type" in settings:
-            return f"released fork's {settings['moe_type']} router; python -m xmoe_fairseq.checkpoints.import_official"
+            return f"official fork's {settings['moe_type']} router; xmoe checkpoint import-official"
         return f"dense FFN {settings.get('encoder_ffn_embed_dim') or settings.get('decoder_ffn_embed_dim')}"
     settings = with_defaults(settings)
     parts = ["merged experts" if settings["moe_merge_experts"] else settings["moe_router"]]

@@ -67,7 +67,7 @@ def _register(name: str, size: Size, model: str, apply: Callable[[Any], None]) -
     ARCHITECTURES[name] = size
 
 
-def dense(name: str, size: Size) -> None:
+def register_dense(name: str, size: Size) -> None:
     """Register the stock dense transformer at ``size``: the baseline of every comparison."""
 
     def apply(args: Any) -> None:
@@ -76,7 +76,7 @@ def dense(name: str, size: Size) -> None:
     _register(name, size, "transformer_lm" if size.is_language_model else "transformer", apply)
 
 
-def moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float | None, **others: Any) -> None:
+def register_moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float | None, **others: Any) -> None:
     """Register ``--arch name``: ``size`` with these experts, training capacity factor and other ``moe_*`` defaults."""
 
     def apply(args: Any) -> None:
@@ -88,44 +88,44 @@ def moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float |
 
 
 # Table 3. adamoe: k n / (n + m) = 4 * 64 / 128 = 2 true experts per token at balance, top-k's number; m = n and a
-# doubled k are the ratio of its paper's main setting. meo merges 4, its released default, and computes one expert
+# doubled k are the ratio of its paper's main setting. meo merges 4, its official default, and computes one expert
 # whatever it merges, so that beside 64 x 1024 it is the cheaper row; 32 x 2048 merging 2 is its row of equal FLOPs.
-dense("dense_transformer_wmt23", WMT23)
-moe("xmoe_transformer", WMT23, 64, 1024, 2.0)
-moe("xmoe_transformer_128x512", WMT23, 128, 512, 4.0)
-moe("switch_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="switch")
-moe("top_k_transformer_64x1024", WMT23, 64, 1024, 2.0, moe_router="top_k", moe_top_k=2)
-moe("top_k_transformer_128x512", WMT23, 128, 512, 4.0, moe_router="top_k", moe_top_k=4)
-moe("hash_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="hash")
-moe("base_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="base")
-moe("adamoe_transformer_64x1024", WMT23, 64, 1024, 2.0, moe_router="adamoe", moe_top_k=4, moe_null_experts=64)
+register_dense("dense_transformer_wmt23", WMT23)
+register_moe("xmoe_transformer", WMT23, 64, 1024, 2.0)
+register_moe("xmoe_transformer_128x512", WMT23, 128, 512, 4.0)
+register_moe("switch_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="switch")
+register_moe("top_k_transformer_64x1024", WMT23, 64, 1024, 2.0, moe_router="top_k", moe_top_k=2)
+register_moe("top_k_transformer_128x512", WMT23, 128, 512, 4.0, moe_router="top_k", moe_top_k=4)
+register_moe("hash_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="hash")
+register_moe("base_transformer_32x2048", WMT23, 32, 2048, 1.0, moe_router="base")
+register_moe("adamoe_transformer_64x1024", WMT23, 64, 1024, 2.0, moe_router="adamoe", moe_top_k=4, moe_null_experts=64)
 for _name, _experts, _dim, _top_k in (
     ("meo_transformer_64x1024", 64, 1024, 4),
     ("meo_transformer_32x2048", 32, 2048, 2),
 ):
-    moe(_name, WMT23, _experts, _dim, None, moe_router="top_k", moe_top_k=_top_k, moe_merge_experts=True)
+    register_moe(_name, WMT23, _experts, _dim, None, moe_router="top_k", moe_top_k=_top_k, moe_merge_experts=True)
 
 for _size, _end in ((TINY, "tiny"), (TINY_LM, "tiny_lm")):
-    dense(f"dense_transformer_{_end}", _size)
-    moe(f"xmoe_transformer_{_end}", _size, 8, 256, 2.0)
-    moe(f"switch_transformer_{_end}", _size, 4, 512, 1.0, moe_router="switch")
-    moe(f"top_k_transformer_{_end}", _size, 8, 256, 2.0, moe_router="top_k", moe_top_k=2)
-    moe(f"hash_transformer_{_end}", _size, 4, 512, 1.0, moe_router="hash")
-    moe(f"base_transformer_{_end}", _size, 4, 512, 1.0, moe_router="base")
-    moe(f"adamoe_transformer_{_end}", _size, 8, 256, 2.0, moe_router="adamoe", moe_top_k=4, moe_null_experts=8)
-moe("meo_transformer_tiny", TINY, 4, 512, None, moe_router="top_k", moe_top_k=2, moe_merge_experts=True)
+    register_dense(f"dense_transformer_{_end}", _size)
+    register_moe(f"xmoe_transformer_{_end}", _size, 8, 256, 2.0)
+    register_moe(f"switch_transformer_{_end}", _size, 4, 512, 1.0, moe_router="switch")
+    register_moe(f"top_k_transformer_{_end}", _size, 8, 256, 2.0, moe_router="top_k", moe_top_k=2)
+    register_moe(f"hash_transformer_{_end}", _size, 4, 512, 1.0, moe_router="hash")
+    register_moe(f"base_transformer_{_end}", _size, 4, 512, 1.0, moe_router="base")
+    register_moe(f"adamoe_transformer_{_end}", _size, 8, 256, 2.0, moe_router="adamoe", moe_top_k=4, moe_null_experts=8)
+register_moe("meo_transformer_tiny", TINY, 4, 512, None, moe_router="top_k", moe_top_k=2, moe_merge_experts=True)
 
 # Table 1: 8 experts of the FFN's size, or the same cut in 2, 4 and 8. The paper's best row is also the plain name.
-dense("dense_transformer_lm", GPT2)
-moe("xmoe_transformer_lm", GPT2, 64, 384, 8.0)
+register_dense("dense_transformer_lm", GPT2)
+register_moe("xmoe_transformer_lm", GPT2, 64, 384, 8.0)
 for _size in (GPT2, GPT2_556M):
     for _method in ("switch", "hash", "base"):
-        moe(f"{_method}_transformer_8x{_size.ffn_dim}_lm", _size, 8, _size.ffn_dim, 1.0, moe_router=_method)
+        register_moe(f"{_method}_transformer_8x{_size.ffn_dim}_lm", _size, 8, _size.ffn_dim, 1.0, moe_router=_method)
     for _cut in (2, 4, 8):
         _shape = (8 * _cut, _size.ffn_dim // _cut)
         _row = f"{_shape[0]}x{_shape[1]}_lm"
-        moe(f"xmoe_transformer_{_row}", _size, *_shape, float(_cut))
-        moe(f"top_k_transformer_{_row}", _size, *_shape, float(_cut), moe_router="top_k", moe_top_k=_cut)
+        register_moe(f"xmoe_transformer_{_row}", _size, *_shape, float(_cut))
+        register_moe(f"top_k_transformer_{_row}", _size, *_shape, float(_cut), moe_router="top_k", moe_top_k=_cut)
 
 # Table 2: the dense FFN cut into experts that are all used in training (t = 1, no drops); eval.sweep lowers t.
 for _name, _size, _experts, _dim in (
@@ -134,4 +134,4 @@ for _name, _size, _experts, _dim in (
     ("dense_xmoe_transformer_tiny_lm", TINY_LM, 8, 64),
     ("dense_xmoe_transformer_tiny", TINY, 8, 64),
 ):
-    moe(_name, _size, _experts, _dim, None, moe_threshold=1.0)
+    register_moe(_name, _size, _experts, _dim, None, moe_threshold=1.0)

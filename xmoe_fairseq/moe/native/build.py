@@ -1,6 +1,6 @@
 """Compile the library that computes few rows on an x86-64 CPU; a few seconds, no headers but the compiler's.
 
-    python -m xmoe_fairseq.moe.native.build
+    xmoe native
 
 scripts/setup.sh does it. Without the library everything works, with torch's own operators (rows.py). The library calls
 the OpenMP that torch brings: one pool of threads, and no link to a torch version.

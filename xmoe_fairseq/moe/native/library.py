@@ -32,7 +32,7 @@ def chosen_path() -> str:
     if wanted is not None and wanted not in usable:
         raise ValueError(f"XMOE_CPU_PATH ({wanted!r}) must be one of {', '.join(usable)} on this machine")
     path = wanted or usable[0]
-    hint = "" if _library() is not None else "; python -m xmoe_fairseq.moe.native.build makes a faster one"
+    hint = "" if _library() is not None else "; xmoe native makes a faster one"
     logger.info("few rows on the CPU: %s%s", path, hint)
     return path
 

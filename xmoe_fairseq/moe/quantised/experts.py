@@ -43,7 +43,7 @@ class _InferenceExperts(StoredNumbers):
         if self.training:
             raise RuntimeError(
                 f"moe_weights {self.config.weights} experts are for inference and cannot be trained: train the float "
-                "checkpoint and quantise the result (python -m xmoe_fairseq.checkpoints.quantise)"
+                "checkpoint and quantise the result (xmoe checkpoint quantise)"
             )
         with torch.no_grad(), torch.autocast(x_TD.device.type, enabled=False):
             rows_TD = x_TD.float().contiguous()

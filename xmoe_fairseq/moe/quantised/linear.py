@@ -85,7 +85,7 @@ def refuse_training(module: nn.Module) -> None:
     if module.training:
         raise RuntimeError(
             "int8 weights are for inference and cannot be trained: train the float checkpoint and quantise the result "
-            "(python -m xmoe_fairseq.checkpoints.quantise)"
+            "(xmoe checkpoint quantise)"
         )
 
 

@@ -1,12 +1,12 @@
-"""``--arch xmoe_transformer_as_released``: the released threshold layer with its own rules, for imported checkpoints.
+"""``--arch xmoe_transformer_as_official``: the official threshold layer with its own rules, for imported checkpoints.
 
 For comparisons with published numbers, not for training. Rules that differ from ``MoELayer`` (all measured against
-recorded outputs of the released code, tests/checkpoints/test_import_official.py):
+recorded outputs of the official code, tests/checkpoints/test_import_official.py):
 
-- padding is routed, takes capacity and counts in T and in the balance loss;
-- capacity holds at inference too;
-- priority is K - (rank - 1) + p in float32, where rounding makes different probabilities equal; equals are served in
-  the order of ``torch.topk``, which is arbitrary (on a CPU it is the same each time).
+- Padding is routed, takes capacity and counts in T and in the balance loss.
+- Capacity holds at inference too.
+- Priority is K - (rank - 1) + p in float32, where rounding makes different probabilities equal. Equal priorities are
+  served in the order of ``torch.topk``, which is arbitrary (on a CPU it is the same each time).
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from ..moe.balance import first_choice_terms
 from ..moe.capacity import make_plan
 from ..moe.plan import Choices
 
-ARCH = "xmoe_transformer_as_released"
+ARCH = "xmoe_transformer_as_official"
+OLD_ARCH = "xmoe_transformer_as_released"  # its name in the last release, which checkpoints may carry
 
 
-class ReleasedMoELayer(MoELayer):
-    """The released layer over this package's parameters; it looks at ``x`` alone."""
+class OfficialMoELayer(MoELayer):
+    """The official layer over this package's parameters; it looks at ``x`` alone."""
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None, context: Any = None
@@ -72,24 +73,26 @@ def serve(sorted_TK: Tensor, expert_TK: Tensor, wanted_TK: Tensor, capacity: int
     return served_TE.gather(1, expert_TK) & wanted_TK
 
 
+@register_model(OLD_ARCH)
 @register_model(ARCH)
-class ReleasedTransformer(MoETransformerModel):
-    """``xmoe_transformer`` whose MoE layers follow the released rules."""
+class OfficialTransformer(MoETransformerModel):
+    """``xmoe_transformer`` whose MoE layers follow the official rules."""
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> ReleasedTransformer:
+    def build_model(cls, args: Any, task: Any) -> OfficialTransformer:
         """As its parent; ValueError for a router other than threshold."""
         if args.moe_router != "threshold":
             raise ValueError(f"{ARCH} knows the threshold router, not {args.moe_router}; use xmoe_transformer")
         model = super().build_model(args, task)
         for layer in [*model.encoder.layers, *model.decoder.layers]:
             if hasattr(layer, "moe"):
-                layer.moe = ReleasedMoELayer(layer.moe.config)
+                layer.moe = OfficialMoELayer(layer.moe.config)
         return model
 
 
+@register_model_architecture(OLD_ARCH, OLD_ARCH)
 @register_model_architecture(ARCH, ARCH)
-def as_released(args: Any) -> None:
+def as_official(args: Any) -> None:
     """The defaults of ``xmoe_transformer``; an imported checkpoint brings its own."""
     WMT23.apply(args)
     fill_moe_defaults(args)
