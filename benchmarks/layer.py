@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ from xmoe_fairseq.command_line import command_parser
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 WIDTH, DENSE = 512, 2048
+OTHER_WAYS = {
+    "ours, a GEMM per expert": {"compute": "loop"},
+    "ours, bfloat16 experts": {"weights": "bfloat16"},
+    "ours, int8 experts": {"weights": "int8"},
+}
 
 
 @dataclass(frozen=True)
@@ -115,19 +120,23 @@ def measure(case: Case, tokens: int, mode: str, options: argparse.Namespace) -> 
 
 
 def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict]:
-    """A few tokens through 64 x 1024 with a router that wants about 4 experts a token, no capacity."""
+    """A few tokens through 64 x 1024 with a router that wants about 4 experts a token, no capacity.
+
+    Beside the layer as it is: one GEMM per expert instead of the kernels for few rows, and quantised experts.
+    """
     config = MoEConfig(WIDTH, 64, 1024, threshold=0.9)
     case = Case(64, 1024, 0.9, 2.0)
     x_TD = torch.randn(tokens, WIDTH, dtype=getattr(torch, options.dtype), device=options.device)
     modules: dict[str, nn.Module] = {"dense": DenseFFN(WIDTH, DENSE), "ours": MoELayer(config)}
     modules["loop over experts (official code's way)"] = LoopOverExperts(WIDTH, 64, 1024, case.threshold, case.gamma)
     modules = {name: module.to(x_TD) for name, module in modules.items()}
+    official = modules["loop over experts (official code's way)"]
     with torch.no_grad():
-        for gate in (
-            modules["ours"].router.weight,
-            modules["loop over experts (official code's way)"].route.gate.weight,
-        ):
+        for gate in (modules["ours"].router.weight, official.route.gate.weight):
             gate.mul_(_scale_for(4.0, gate, x_TD))
+        for name, settings in OTHER_WAYS.items():
+            modules[name] = MoELayer(replace(config, **settings)).to(x_TD)
+            modules[name].load_state_dict(modules["ours"].state_dict())
         plan = modules["ours"].eval()(x_TD)[1]
     summary = summarise(
         interleaved(
