@@ -47,7 +47,7 @@ def test_reaches_the_optimum_of_the_linear_programme(num_tokens: int, num_expert
 def test_counts_differ_by_at_most_one_for_any_number_of_tokens(
     num_experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_layers, "BLOCK_TOKENS", 32)
+    monkeypatch.setattr(base_layers, "EXACT_TOKENS", 32)
     for num_tokens in (0, 1, 2, 7, 31, 32, 33, 64, 65, 100, 127):
         # scores that all favour one expert: only the balance pulls away
         score = torch.rand(num_tokens, num_experts) + 100 * (torch.arange(num_experts) == 0)
@@ -56,9 +56,13 @@ def test_counts_differ_by_at_most_one_for_any_number_of_tokens(
         assert int(counts.max() - counts.min()) <= 1
 
 
-def test_blocks_above_1024_tokens_stay_balanced() -> None:
-    counts = torch.bincount(balanced_assignment(torch.randn(1100, 8)), minlength=8)
+def test_more_than_1024_tokens_stay_balanced_and_near_the_optimum() -> None:
+    score = torch.randn(1100, 8, generator=torch.Generator().manual_seed(1))
+    expert_N = balanced_assignment(score)
+    counts = torch.bincount(expert_N, minlength=8)
     assert int(counts.max() - counts.min()) <= 1
+    best = score.gather(1, torch.from_numpy(base_layers.exact_assignment(score.double().numpy())).unsqueeze(1)).sum()
+    assert float(best - score.gather(1, expert_N.unsqueeze(1)).sum()) <= 1100 * 1e-4
 
 
 def test_equal_scores_and_huge_scores_stay_balanced() -> None:
