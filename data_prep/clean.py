@@ -385,7 +385,7 @@ def _add_rule_settings(add: Callable[..., Any]) -> None:
         "--language-id",
         choices=("none", "py3langid"),
         default="none",
-        help="default none; see data_prep/README.md",
+        help="default none; see docs/data.md",
     )
     sure_help = "how sure identification must be of another language to drop (default 0.8)"
     add("--min-confidence", type=bounded_number(0, 1), default=0.8, help=sure_help)

@@ -1,1 +1,1 @@
-"""The evaluation half of the pipeline (see eval/README.md): commands here, what they use in the folders below."""
+"""The evaluation half of the pipeline (see docs/evaluation.md): commands here, what they use in the folders below."""

@@ -98,7 +98,7 @@ def _make_resamples_alike(metric: Metric) -> None:
 
 
 def score_files(hypotheses: str, references: Sequence[str], *, target_language: str, **options: Any) -> dict[str, Any]:
-    """Score files and return the content of ``--out`` (schema: eval/README.md).
+    """Score files and return the content of ``--out`` (schema: docs/evaluation.md).
 
     ``options`` are those of `score_corpus`. Raises: as `files.read_lines` and `score_corpus`.
     """
