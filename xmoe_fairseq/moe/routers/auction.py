@@ -89,10 +89,9 @@ def _bid(
     is_free_N = owner_N == num_experts
     bid_N = torch.where(is_free_N, price_E[expert_N] + best_N - second_N + epsilon, bid_N)
     owner_N = torch.where(is_free_N, expert_N, owner_N)
-    # by expert, the highest bid first: two stable sorts, so equal bids are served in the order of the tokens
-    order_N = bid_N.sort(descending=True, stable=True).indices
-    order_N = order_N[owner_N[order_N].sort(stable=True).indices]
-    sorted_owner_N = owner_N[order_N]
+    # by expert, the highest bid first; stable, so equal bids are served in the order of the tokens
+    key_N, order_N = ((owner_N << 32) | _descending_bits(bid_N)).sort(stable=True)
+    sorted_owner_N = key_N >> 32
     start_E = torch.searchsorted(sorted_owner_N, torch.arange(num_experts, device=owner_N.device))
     place_N = torch.arange(num_tokens, device=owner_N.device) - start_E[sorted_owner_N]
     keeps_N = place_N < places_E[sorted_owner_N]
@@ -102,6 +101,12 @@ def _bid(
     last_E = (start_E + places_E - 1).clamp(max=num_tokens - 1)
     price_E = torch.where(end_E - start_E >= places_E, bid_N[order_N][last_E], price_E)
     return owner_N, bid_N, price_E
+
+
+def _descending_bits(value: Tensor) -> Tensor:
+    """int64 in [0, 2^32) that ascends as ``value`` (float32, of either sign) descends."""
+    bits = value.view(torch.int32).long()
+    return 0x7FFFFFFF - torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 def _fill_places(owner_N: Tensor, places_E: Tensor) -> Tensor:
