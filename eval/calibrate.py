@@ -58,7 +58,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--skip-others",
         action="store_true",
-        help="a model without a threshold router is no error: nothing is written but the reason, in --report",
+        help="no threshold router, or a budget below one expert, is no error: only the reason is written, to --report",
     )
     return parser.parse_args(argv)
 

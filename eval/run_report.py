@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from eval.run.flops import flops_per_token
 from eval.run.training_log import LAYER_FIGURE, Record, last_figures, layer_order, read_records
 from eval.score import format_table
 from eval.text import files
@@ -57,7 +58,9 @@ def training_figures(records: Sequence[Record]) -> dict[str, Any]:
     train, valid = last_figures(records, "train"), last_figures(records, "valid")
     if not train:
         raise ValueError("the training log holds no figures; was it written with common.log_format=json?")
-    losses = [record.figures["loss"] for record in records if record.kind == "valid" and "loss" in record.figures]
+    validations = [record.figures for record in records if record.kind == "valid"]
+    losses = [figures["loss"] for figures in validations if "loss" in figures]
+    likelihoods = [figures.get("nll_loss", figures["loss"]) for figures in validations if "loss" in figures]
     return {
         "updates": int(train["num_updates"]),
         "epochs": int(train["epoch"]),
@@ -67,6 +70,7 @@ def training_figures(records: Sequence[Record]) -> dict[str, Any]:
         "valid_loss": valid.get("loss"),
         "valid_perplexity": valid.get("ppl"),
         "best_valid_loss": min(losses, default=None),
+        "best_valid_nll_loss": min(likelihoods, default=None),
         "routing": {"train": routing_figures(train), "valid": routing_figures(valid)},
     }
 
@@ -87,9 +91,14 @@ def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
 
 
 def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The full configuration that fairseq kept in a checkpoint, and the number of parameters."""
+    """The full configuration that fairseq kept in a checkpoint, its number of parameters and FLOPs per token."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return {"config": _plain(state["cfg"]), "num_parameters": count_parameters(state["model"])["total"]}
+    config = _plain(state["cfg"])
+    return {
+        "config": config,
+        "num_parameters": count_parameters(state["model"])["total"],
+        "flops_per_token": flops_per_token(state["model"], config["model"]),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -101,6 +110,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def calibrated_figures(paths: Sequence[str]) -> dict[str, Any]:
+    """What ``eval.calibrate`` reports say, and the scores beside them, by goal such as ``loss:0.01``.
+
+    A report of a model that has nothing to calibrate adds nothing.
+    """
+    found: dict[str, Any] = {}
+    for path in paths:
+        report = files.read_json(path)
+        if report["after"] is None:
+            continue
+        (kind, value), *_ = report["goal"].items()
+        score = files.read_json(path.removesuffix(".json") + ".score.json")
+        found[f"{kind.removeprefix('max_')}:{value:g}"] = {
+            **{name: report[name] for name in ("before", "after", "budget_met")},
+            "scores": score["scores"],
+            "hypotheses": score["hypotheses"],
+        }
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -133,6 +162,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "routing": training.pop("routing"),
         "training": training,
         "generation": generation_speed(args.generation_log),
+        "calibrated": calibrated_figures(args.calibrated),
         "versions": versions(),
         **resolved_config(args.checkpoint),
     }
@@ -160,6 +190,31 @@ def routing_table(report: dict[str, Any]) -> str:
     table = tabulate(body, ["layer", *names], tablefmt="github", disable_numparse=True)
     legend = "; ".join(f"{name}: {_WHAT[name]}" for name in names)
     return f"{table}\n\n{legend}."
+
+
+def price_table(report: dict[str, Any]) -> str:
+    """Markdown table of the model as trained and at other prices of inference; empty where there are none."""
+    if not report["calibrated"]:
+        return ""
+    before = next(iter(report["calibrated"].values()))["before"]
+    rows = []
+    for name, figures, scores in (
+        ("as trained", before, report["scores"]),
+        *((goal, part["after"], part["scores"]) for goal, part in report["calibrated"].items()),
+    ):
+        threshold, limit = figures["moe_threshold"], figures["moe_max_experts"]
+        shown = ", ".join(f"{t:.4g}" for t in (threshold if isinstance(threshold, list) else [threshold]))
+        row = [
+            name,
+            shown,
+            "none" if limit is None else str(limit),
+            _cell(figures["flops"]),
+            _cell(figures["loss_bits"]),
+        ]
+        rows.append([*row, *(f"{scores[metric]['score']:.2f}" for metric in ("bleu", "chrf++"))])
+    headers = ["", "threshold", "most experts", "MoE FLOPs / dense", "validation loss (bits)", "BLEU", "chrF2++"]
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    return f"## Price of inference\n\n{table}\n\nThe models are in calibrated/, for every command without flags.\n"
 
 
 def _cell(value: float | None) -> str:
@@ -195,7 +250,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     }
     table = tabulate(facts.items(), ["", "value"], tablefmt="github", disable_numparse=True)
     title = f"# {report['pair']}: {report['config']['model']['_name']}"
-    return f"{title}\n\n{summary(report, 5)}\n## Run\n\n{table}\n"
+    parts = [title, summary(report, 5).rstrip(), price_table(report).rstrip(), f"## Run\n\n{table}"]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _parser() -> CommandParser:
@@ -215,6 +271,13 @@ def _parser() -> CommandParser:
     )
     add("--score", required=True, metavar="JSON", help="output of xmoe score --out")
     flag("--source", required=True, help="source side of the test set, for the samples")
+    add(
+        "--calibrated",
+        nargs="*",
+        default=[],
+        metavar="JSON",
+        help="output of xmoe calibrate --report, scored beside it",
+    )
     add("--commit-file", required=True, metavar="FILE", help="file that names the commit; may be absent")
     flag("--out", required=True, metavar="DIR", help="folder for scores.json and report.md")
     return parser

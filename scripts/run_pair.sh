@@ -5,7 +5,7 @@ usage() {
 Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --out DIR [options]
 
 From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
-validate, subwords, encode, binarise, train, average, generate, detokenise, score, report.
+validate, subwords, encode, binarise, train, average, generate, detokenise, score, calibrate, report.
 Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the translations in DIR/translations/test.TGT.
 
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
@@ -17,6 +17,9 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --subwords TOOL         sentencepiece (default) or subword-nmt; BPE learned on both languages together
   --vocab-size N          subwords (default: 8000; for subword-nmt: merges)
   --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss
+  --calibrate GOAL        a price of inference, scored beside the model as trained: loss:BITS, the cheapest threshold that
+                          loses no more on the validation set, or budget:X, FLOPs of the MoE layers / dense FFN; repeatable
+                          (default: loss:0.01); none leaves it out. Only XMoE's router has a threshold; others are left as they are
   --beam N                beam of the translation (default: 5)
   --lenpen X              length penalty of the translation (default: 1.0)
   --model-overrides TEXT  passed to fairseq-generate, e.g. "{'moe_threshold': 0.7}"
@@ -25,6 +28,7 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
                           fairseq starts a process for each GPU by itself)
   --workers N             processes of binarising (default: the number of cores)
+  --no-analysis           leave out analysis.json and report.html
   --data-only             stop before the training; needs no GPU
   --restart               rename DIR to DIR.1 (or .2, ...) and begin anew; nothing is deleted
   --dry-run               print the commands, ready to be copied, and run nothing
@@ -45,13 +49,15 @@ TEXT
 
 pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
 tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096
-device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' data_only='' restart=''
-overrides=() launcher_words='' launcher=()
+device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' data_only='' restart='' no_analysis=''
+overrides=() goals=() launcher_words='' launcher=()
 flags=(pair train valid test out config seed subwords:tool vocab-size average beam lenpen model-overrides max-tokens
-    device workers data-bin subword-model test-set launcher:launcher_words 'set:overrides[]')
-switches=(dry-run data-only restart)
+    device workers data-bin subword-model test-set launcher:launcher_words 'set:overrides[]' 'calibrate:goals[]')
+switches=(dry-run data-only restart no-analysis)
 read_flags "$@"
 read -ra launcher <<<"$launcher_words"
+((${#goals[@]})) || goals=(loss:0.01)
+[[ ${goals[*]} != none ]] || goals=()
 
 check_arguments() {
     local name override needed=(pair train valid test out)
@@ -74,6 +80,10 @@ check_arguments() {
     [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "--lenpen wants a number such as 1.0, got '$lenpen'" 2
     [[ $tool == sentencepiece || $tool == subword-nmt ]] ||
         die "--subwords is sentencepiece or subword-nmt, got '$tool'" 2
+    for name in ${goals[@]+"${goals[@]}"}; do
+        [[ $name =~ ^(loss|budget):[0-9]+(\.[0-9]+)?$ ]] ||
+            die "--calibrate wants loss:BITS or budget:X such as loss:0.01, or none alone, got '$name'" 2
+    done
     [[ $device == auto || $device == cpu || $device == cuda ]] || die "--device is cpu, cuda or auto, got '$device'" 2
     [[ $config == *.yaml ]] || die "--config wants a file that ends in .yaml, got '$config'" 2
     [[ -f $config ]] || die "--config: no such file: '$config'; those that come with the project: $root/train_configs" 2
@@ -106,6 +116,7 @@ user_dir=$root/xmoe_fairseq
 prepared=$data_bin
 subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${data_bin:-$out/data-bin}
 checkpoints=$out/checkpoints translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
+calibrated=$out/calibrated
 raw_prefixes=(${train:+"$train"} ${valid:+"$valid"} "$test")
 raw_files=() encoded_files=() training_data=() test_data=()
 for language in "$source_language" "$target_language"; do
@@ -125,7 +136,7 @@ results=("$out/report.md" "$out/scores.json" "$out/analysis.json" "$out/report.h
 # shellcheck disable=SC2034
 results_stage=report
 # shellcheck disable=SC2034
-stages=(validate subwords encode binarise train average generate detokenise score report analyse)
+stages=(validate subwords encode binarise train average generate detokenise score calibrate report analyse)
 
 validate() { run python -m data_prep.validate --pair "$pair" "${raw_prefixes[@]}"; }
 
@@ -312,11 +323,33 @@ score() {
         --test-set "$test_set" --out "$out/score.json"
 }
 
+# A cheaper copy of the model for each goal, its translations and their scores; a model without a threshold has none.
+calibrate() {
+    local goal base flag
+    run mkdir -p "$calibrated"
+    for goal in "${goals[@]}"; do
+        base=$calibrated/${goal/:/-} flag=--budget
+        [[ $goal != loss:* ]] || flag=--max-loss
+        run rm -f "$base".{pt,json,score.json} "$base.$target_language"
+        run python -m eval.calibrate --data "$data_bin" --checkpoint "$averaged" --out "$base.pt" "$flag" "${goal#*:}" \
+            --user-dir "$user_dir" --model-overrides "$model_overrides" --device "$device" --skip-others --report "$base.json"
+        [[ -n $dry_run || -f $base.pt ]] || continue
+        run python -m eval.translate --checkpoint "$base.pt" --data "$data_bin" --user-dir "$user_dir" \
+            --source-lang "$source_language" --target-lang "$target_language" --subwords "$subwords" \
+            --input "$test.$source_language" --out "$base.$target_language" --beam "$beam" --lenpen "$lenpen" \
+            --max-tokens "$max_tokens" --device "$device"
+        run python -m eval.score --hypotheses "$base.$target_language" --references "$test.$target_language" \
+            --target-lang "$target_language" --test-set "$test_set" --out "$base.score.json"
+    done
+}
+
 report() {
+    local goal cheaper=()
+    for goal in ${goals[@]+"${goals[@]}"}; do cheaper+=("$calibrated/${goal/:/-}.json"); done
     run python -m eval.run_report --pair "$pair" --seed "$seed" --out "$out" --config "$config" \
         --training-log "$training_log" --checkpoint "$averaged" --score "$out/score.json" \
         --generation-log "$translations/generate.log" "$translations/generate.txt" --source "$test.$source_language" \
-        --commit-file "$checkpoints/commit.txt"
+        --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"}
 }
 
 analyse() {
@@ -372,7 +405,15 @@ main() {
     stage detokenise detokenise "pair=$pair" -- "$translations/generate.txt"
     stage score score "target_language=$target_language" "test_set=$test_set" -- \
         "$translations/test.$target_language" "$test.$target_language"
-    stage report report "pair=$pair" "seed=$seed" -- "$out/score.json" "$training_log" "$translations/generate.txt"
+    if ((${#goals[@]})); then
+        stage calibrate calibrate "goals=${goals[*]}" "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "device=$device" \
+            "model_overrides=$model_overrides" -- "$averaged" "${training_data[@]}" "$test.$source_language" "$test.$target_language"
+    fi
+    stage report report "pair=$pair" "seed=$seed" "goals=${goals[*]-}" -- "$out/score.json" "$training_log" "$translations/generate.txt"
+    if [[ -n $no_analysis ]]; then
+        [[ -n $dry_run ]] || log "done: $out/report.md, $out/scores.json"
+        return
+    fi
     stage analyse analyse "beam=$beam" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
         "$out/scores.json" "$test.$target_language" "${test_data[@]}"
     [[ -n $dry_run ]] || log "done: $out/report.md, $out/report.html, $out/scores.json"

@@ -48,6 +48,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "Train": (
         Command("run", "scripts/run_pair.sh", "raw parallel text to a trained, scored, explained model"),
+        Command("study", "scripts/run_study.sh", "pairs x methods x seeds: trained, tested, compared"),
         Command("wmt23", "scripts/train_wmt23.sh", "one cell of the paper's Table 3, from the download on"),
         Command("ranks", "scripts/train_multi.sh", "fairseq-train on several processes"),
     ),

@@ -29,14 +29,23 @@ _CONFIG_GROUPS = (
 )
 
 
-def render(runs: Sequence[Run], *, title: str, benchmarks: Sequence[dict[str, Any]] = ()) -> str:
-    """The page. Sentences of the explorer are left out, evenly, until it fits ``MAX_BYTES``."""
+def render(
+    runs: Sequence[Run],
+    *,
+    title: str,
+    benchmarks: Sequence[dict[str, Any]] = (),
+    study: dict[str, Any] | None = None,
+) -> str:
+    """The page. Sentences of the explorer are left out, evenly, until it fits ``MAX_BYTES``.
+
+    ``study``: tables and figures to begin with (eval/studies/page.py).
+    """
     _check_names(runs)
-    page = _page(runs, title, benchmarks)
+    page = _page(runs, title, benchmarks, study)
     share = 1.0
     while len(page.encode()) > MAX_BYTES and share > 0.01:
         share /= 2
-        page = _page(runs, title, benchmarks, share)
+        page = _page(runs, title, benchmarks, study, share)
     return page
 
 
@@ -46,12 +55,13 @@ def _check_names(runs: Sequence[Run]) -> None:
         raise ValueError(f"two runs have the same name ({', '.join(names)}); name them: NAME=FOLDER")
 
 
-def _page(runs: Sequence[Run], title: str, benchmarks: Sequence[Any], share: float = 1.0) -> str:
+def _page(runs: Sequence[Run], title: str, benchmarks: Sequence[Any], study: Any, share: float = 1.0) -> str:
     comparison = [_placed(figure, "all") for figure in figures.comparison_figures(runs)]
     if benchmarks:
         comparison.append(_placed(speed_figure(benchmarks), "all"))
     described = [_describe_run(run, f"run-{number}") for number, run in enumerate(runs)]
-    every = comparison + [figure for part in described for figure in part["figures"]]
+    own = [_placed(figure, "study") for figure in study["figures"]] if study else []
+    every = own + comparison + [figure for part in described for figure in part["figures"]]
     explorers = [{"name": run.name, "sentences": _explored(run, share)} for run in runs]
     explorers = [found for found in explorers if found["sentences"]]
     environment = jinja2.Environment(
@@ -65,7 +75,8 @@ def _page(runs: Sequence[Run], title: str, benchmarks: Sequence[Any], share: flo
         report_js=_asset("report.js"),
         plotly_js=get_plotlyjs().replace("</script", "<\\/script") if every else "",
         draws_figures=bool(every),
-        sections=_sections(described, comparison, explorers, runs),
+        study={"tables": study["tables"], "figures": own} if study else None,
+        sections=[*([("study", "Study")] if study else []), *_sections(described, comparison, explorers, runs)],
         problems=_problems(runs),
         summary=summary(runs),
         signatures=_signatures(runs),

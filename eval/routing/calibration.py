@@ -56,7 +56,7 @@ class Point:
 
 
 class NothingToCalibrateError(ValueError):
-    """The model has no threshold router."""
+    """The model has no threshold router, or no setting as cheap as was asked for."""
 
 
 class Calibration:
@@ -115,10 +115,10 @@ class Calibration:
 
         Args:
             budget: FLOPs of the MoE layers relative to the dense FFN.
-        Raises: ValueError for a budget below one expert a token.
+        Raises: NothingToCalibrateError for a budget below one expert a token.
         """
         if not budget >= self.least * (1 - CLOSE):
-            raise ValueError(
+            raise NothingToCalibrateError(
                 f"--budget ({budget:g}) is less than one expert a token, {self.least:g} of the dense FLOPs, "
                 "and a token takes at least one"
             )

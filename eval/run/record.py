@@ -52,7 +52,7 @@ def load_run(text: str) -> Run:
 
     Raises: FileNotFoundError if neither analysis.json nor scores.json is there; ValueError for broken JSON.
     """
-    name, _, place = text.rpartition("=")
+    name, place = ("", text) if Path(text).exists() or "=" not in text else text.split("=", 1)
     path = Path(place)
     folder = path if path.is_dir() else path.parent
     analysis = path if path.is_file() else folder / "analysis.json"

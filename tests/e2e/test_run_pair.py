@@ -28,6 +28,7 @@ STAGES = [
     "generate",
     "detokenise",
     "score",
+    "calibrate",
     "report",
     "analyse",
 ]
@@ -213,6 +214,11 @@ def test_every_stage_runs_in_its_order_and_leaves_its_evidence(life):
     assert set(report["routing"]["valid"]["layers"]) == {"encoder 1", "decoder 1"}
     assert 1 <= report["routing"]["valid"]["overall"]["used"] <= 4
     assert "translation  " in seen["report"]
+    cheaper = report["calibrated"]["loss:0.01"]
+    assert cheaper["after"]["loss_bits"] <= cheaper["before"]["loss_bits"] + 0.01
+    assert cheaper["after"]["flops"] <= cheaper["before"]["flops"]
+    assert set(cheaper["scores"]) == set(report["scores"])
+    assert "| loss:0.01" in seen["report"]
     aside = pipeline.out.with_name("out.1")
     analysis = json.loads((aside / "analysis.json").read_text(encoding="utf-8"))
     assert set(analysis["layers"]) == {"encoder 1", "decoder 1"}

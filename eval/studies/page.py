@@ -1,0 +1,102 @@
+"""study.html: the tables and figures of a study on one page that needs no network.
+
+Below the study's own figures come those of eval.report for the first seed of every method: the paper's Fig 4, 5, 7, 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.page.chart import COLOURS, MARKERS, Figure
+from eval.page.render import render as render_report
+from eval.run.record import Run
+from eval.studies import text
+from eval.studies.collect import MEASURES
+
+
+def seed_points(study: dict[str, Any], pair: str, measure: str) -> Figure:
+    """Every seed of every method as a point."""
+    title, more = MEASURES[measure]
+    traces = []
+    for number, method in enumerate(study["pairs"][pair]["methods"].values()):
+        values = [cell[measure] for cell in method["seeds"].values()]
+        seeds = [f"seed {seed}" for seed in method["seeds"]]
+        traces.append(_points(method["title"], [method["title"]] * len(values), values, number, seeds))
+    caption = f"One point a seed. {'More' if more else 'Less'} is better."
+    return _figure(f"{measure.strip('+')}-{pair}", f"{pair}: {title}", caption, traces, "method", title)
+
+
+def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Figure:
+    """All methods in one chart, as trained and at each price."""
+    title, more = MEASURES[measure]
+    traces = []
+    for number, method in enumerate(study["pairs"][pair]["methods"].values()):
+        x, y, names = [], [], []
+        for seed, cell in method["seeds"].items():
+            x.append(cell["mflops_inference"])
+            y.append(cell[measure])
+            names.append(f"seed {seed}, as trained")
+            for goal, price in cell["prices"].items():
+                x.append(price["mflops"])
+                y.append(price[measure])
+                names.append(f"seed {seed}, {goal}")
+        traces.append(_points(method["title"], x, y, number, names))
+    caption = (
+        f"Counted FLOPs of matrix products for one source and one target token, attention scores left out. "
+        f"{'More' if more else 'Less'} is better; hover for the seed and the price."
+    )
+    key = f"price-{measure.strip('+')}-{pair}"
+    return _figure(key, f"{pair}: {title} against FLOPs", caption, traces, "MFLOPs a token at inference", title)
+
+
+def _points(name: str, x: list[Any], y: list[float], number: int, labels: list[str]) -> dict[str, Any]:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    style = {"color": colour, "symbol": marker, "size": 9}
+    return {"type": "scatter", "mode": "markers", "name": name, "x": x, "y": y, "text": labels, "marker": style}
+
+
+def _figure(key: str, title: str, caption: str, traces: list[dict[str, Any]], x: str, y: str) -> Figure:
+    rows = [
+        [trace["name"], label, one if isinstance(one, str) else f"{one:.2f}", f"{other:.3f}"]
+        for trace in traces
+        for label, one, other in zip(trace["text"], trace["x"], trace["y"], strict=True)
+    ]
+    layout = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    return Figure(key, title, caption, traces, layout, ["method", "point", x, y], rows)
+
+
+def figures(study: dict[str, Any]) -> list[Figure]:
+    """The study's own figures, pair by pair."""
+    found = []
+    for pair, content in study["pairs"].items():
+        if content["methods"]:
+            found += [seed_points(study, pair, measure) for measure in MEASURES]
+            found += [quality_against_flops(study, pair, measure) for measure in ("dev_loss", "bleu")]
+    return found
+
+
+def tables(study: dict[str, Any], speeds: dict[str, Any]) -> list[dict[str, Any]]:
+    """Title, note, headers and rows of every table."""
+    found = []
+    for pair, content in study["pairs"].items():
+        if content["methods"]:
+            headers, rows = text.pair_table(study, pair, speeds)
+            note = f"Test set: {content['test_set']}. Mean ± standard deviation over seeds."
+            found.append({"title": pair, "note": note, "headers": headers, "rows": rows})
+    for measure, (title, _) in MEASURES.items():
+        headers, rows = text.tests_table(study, measure)
+        note = f"Against {study['baseline']}. {text.TEST_OVER_SEEDS}"
+        found.append({"title": f"Differences over seeds: {title}", "note": note, "headers": headers, "rows": rows})
+    headers, rows = text.within_table(study)
+    note = f"Against {study['baseline']}. {text.TEST_WITHIN}"
+    found.append({"title": "Differences within seeds", "note": note, "headers": headers, "rows": rows})
+    lines = [[title, line] for measure, (title, _) in MEASURES.items() for line in text.order_lines(study, measure)]
+    note = "From best to worst; p of the paired t-test between neighbours."
+    found.append({"title": "Order of methods", "note": note, "headers": ["measure", "order"], "rows": lines})
+    return [table for table in found if table["rows"]]
+
+
+def render(study: dict[str, Any], speeds: dict[str, Any], runs: Sequence[Run]) -> str:
+    """The page; ``runs`` as of eval.report, the first seed of every method."""
+    return render_report(runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study)})

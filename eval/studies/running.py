@@ -1,0 +1,123 @@
+"""Runs the commands of a study, several at a time; one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SAVED = 75  # as scripts/run_pair.sh: interrupted, everything is saved, the same command continues
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+
+
+@dataclass
+class Job:
+    """One command, and what came of it.
+
+    Attributes:
+        code: its exit code; None while it has not ended.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    code: int | None = None
+    seconds: float = 0.0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    started: float = 0.0
+
+    def start(self) -> None:
+        """Begin; its output goes to the end of its log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.started = time.monotonic()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+    def stop(self) -> None:
+        """Ask it to save and end; nothing if it has not started."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGUSR1)
+
+    def has_ended(self) -> bool:
+        """Whether it ended, which it notes."""
+        if self.process is None or self.process.poll() is None:
+            return False
+        self.code, self.seconds = self.process.returncode, time.monotonic() - self.started
+        return True
+
+    def last_words(self, count: int = 4) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+def _end_with_parent() -> None:
+    """A cell must not run on when the study is killed: the kernel then sends it SIGTERM, which saves."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+
+
+class Runner:
+    """A queue of jobs. After ``stop`` nothing starts, and what runs is asked to save and end."""
+
+    def __init__(self, jobs: Sequence[Job], workers: int, tell: Callable[[str], None]) -> None:
+        self.waiting, self.running, self.ended = list(jobs), list[Job](), list[Job]()
+        self.workers, self.tell, self.total = workers, tell, len(jobs)
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Pass SIGUSR1 on: run_pair.sh saves its training and ends with code 75."""
+        self.stopped = True
+        for job in self.running:
+            job.stop()
+
+    def run(self) -> list[Job]:
+        """Run all; the jobs in the order of their ends."""
+        while self.running or (self.waiting and not self.stopped):
+            while self.waiting and len(self.running) < self.workers and not self.stopped:
+                job = self.waiting.pop(0)
+                self.running.append(job)
+                job.start()
+                if self.stopped:  # a signal came while it started
+                    job.stop()
+            for job in [job for job in self.running if job.has_ended()]:
+                self.running.remove(job)
+                self.ended.append(job)
+                self.tell(self._told(job))
+            time.sleep(0.1)
+        return self.ended
+
+    def _told(self, job: Job) -> str:
+        place = f"[{len(self.ended)}/{self.total}] {job.name}"
+        if job.code == SAVED:
+            return f"{place}: stopped, saved"
+        if job.code:
+            return f"{place}: failed (exit {job.code}); its log {job.log} ends with\n{job.last_words()}"
+        left = self._seconds_left()
+        rest = f"; about {duration(left)} left" if left is not None else ""
+        return f"{place}: done in {duration(job.seconds)}{rest}"
+
+    def _seconds_left(self) -> float | None:
+        """From the mean time of those that ended well; those that run are taken to be half done."""
+        times = [job.seconds for job in self.ended if job.code == 0]
+        open_jobs = len(self.waiting) + len(self.running) / 2
+        if not times or not open_jobs:
+            return None
+        return sum(times) / len(times) * open_jobs / min(self.workers, max(len(self.waiting) + len(self.running), 1))
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
