@@ -22,10 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 import xmoe_fairseq  # noqa: F401  registers the architectures and the criterions
+from eval.studies.plan import load_study
+from eval.table import load_paper
 from xmoe_fairseq.moe import MoELayer
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
-CONFIGS = sorted(FOLDER.glob("*/*.yaml"))
+STUDIES = sorted(FOLDER.glob("studies/*.yaml"))
+CONFIGS = sorted(path for path in FOLDER.glob("*/*.yaml") if path not in STUDIES)
 TRANSLATION = [path for path in CONFIGS if path.parent.name in ("wmt23", "wmt23_released_recipe", "small", "demo")]
 GROUPS = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 # Settings of the model in which files of one folder may differ, moe_* and the architecture aside.
@@ -265,3 +268,15 @@ def test_every_parameter_gets_a_gradient(path):
     criterion(model.train(), sample)[0].backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name_of)
+def test_studies_name_configurations_and_settings_that_exist(path):
+    experts = set()
+    for method in load_study(path).methods:
+        config = OmegaConf.merge(composed(Path(method.config)), OmegaConf.from_dotlist(list(method.settings)))
+        check_settings(config)
+        assert method.paper in {None, *(row["id"] for row in load_paper()["methods"])}
+        if "moe_num_experts" in config.model:
+            experts.add(config.model.moe_num_experts * config.model.moe_expert_dim)
+    assert len(experts) <= 1  # the paper's comparison: equal parameters of experts; wmt23's are the architectures'
