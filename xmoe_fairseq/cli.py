@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "Look inside": (
         Command("calibrate", "eval.calibrate", "threshold and limit of experts for a budget, written into a copy"),
+        Command("quantisation", "eval.quantisation", "loss and scores of a float and of quantised checkpoints, tested"),
         Command("sweep", "eval.sweep", "quality against counted FLOPs: threshold or capacity swept"),
         Command("analyse", "eval.analyse", "what the router does on a test set, as JSON"),
         Command("report", "eval.report", "the page of one run, or a comparison of several"),

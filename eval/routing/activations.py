@@ -111,7 +111,8 @@ def expert_hidden(layer: MoELayer, rows_RD: Tensor, expert_R: Tensor) -> Iterato
     """Pre-activations of each row in its own expert, as (rows of one expert, F), expert by expert."""
     experts = layer.experts
     for e in expert_R.unique().tolist():
-        yield torch.addmm(experts.b1[e].float(), rows_RD[expert_R == e].float(), experts.w1[e].float())
+        w1_DF, b1_F, _, _ = experts.in_float(e)
+        yield torch.addmm(b1_F, rows_RD[expert_R == e].float(), w1_DF)
 
 
 def output_cosine(layer: MoELayer, probe_SD: Tensor) -> list[list[float]]:
@@ -119,8 +120,8 @@ def output_cosine(layer: MoELayer, probe_SD: Tensor) -> list[list[float]]:
     experts, activation = layer.experts, ACTIVATIONS[layer.config.activation].forward
     outputs = []
     for e in range(layer.config.num_experts):
-        hidden = activation(torch.addmm(experts.b1[e].float(), probe_SD.float(), experts.w1[e].float()))
-        outputs.append(torch.addmm(experts.b2[e].float(), hidden, experts.w2[e].float()))
+        w1_DF, b1_F, w2_FD, b2_D = experts.in_float(e)
+        outputs.append(torch.addmm(b2_D, activation(torch.addmm(b1_F, probe_SD.float(), w1_DF)), w2_FD))
     normal_ESD = nn.functional.normalize(torch.stack(outputs), dim=-1)
     return rounded(torch.einsum("esd,fsd->ef", normal_ESD, normal_ESD) / probe_SD.size(0))
 

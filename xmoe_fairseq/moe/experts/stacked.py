@@ -93,6 +93,11 @@ class Experts(nn.Module):
             arguments = (x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout)
             return cast(Tensor, _ExpertSum.apply(*arguments))
 
+    def in_float(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """float32 w1 (D, F), b1 (F,), w2 (F, D), b2 (D,) of one expert."""
+        w1, b1, w2, b2 = (tensor[expert].float() for tensor in (self.w1, self.b1, self.w2, self.b2))
+        return w1, b1, w2, b2
+
     def _masked(self, x_TD: Tensor, plan: RoutingPlan, weights: list[Tensor]) -> Tensor:
         """Every expert on every token, as one dense FFN of E x F hidden units, with unkept weights 0."""
         w1_EDF, b1_EF, w2_EFD, b2_ED = weights

@@ -17,7 +17,7 @@ from ..experts import few_rows
 from ..experts.stacked import Experts
 from ..native.rows import Int8Weights, combine, float_linear, int8_linear_of_floats
 from ..plan import RoutingPlan
-from .weights import StoredNumbers, quantise_channels, with_sums
+from .weights import StoredNumbers, dequantise, quantise_channels, with_sums
 
 
 class _InferenceExperts(StoredNumbers):
@@ -113,6 +113,11 @@ class Int8Experts(_InferenceExperts):
             self._ready = with_sums(self.q1, self.scale1, self.b1), with_sums(self.q2, self.scale2, self.b2)
         return self._ready
 
+    def in_float(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """float32 w1 (D, F), b1 (F,), w2 (F, D), b2 (D,) that one expert's int8 matrices stand for."""
+        w1 = dequantise(self.q1[expert], self.scale1[expert]).t()
+        return w1, self.b1[expert], dequantise(self.q2[expert], self.scale2[expert]).t(), self.b2[expert]
+
     def _first(self, x_TD: Tensor, groups: Any) -> Tensor:
         return int8_linear_of_floats(x_TD, self._weights()[0], groups)
 
@@ -136,6 +141,10 @@ class BFloat16Experts(_InferenceExperts):
         experts, width, hidden = config.num_experts, config.embed_dim, config.expert_dim
         self.register_buffer("w1", torch.zeros(experts, width, hidden, dtype=torch.bfloat16))
         self.register_buffer("w2", torch.zeros(experts, hidden, width, dtype=torch.bfloat16))
+
+    def in_float(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """float32 w1 (D, F), b1 (F,), w2 (F, D), b2 (D,) of one expert."""
+        return self.w1[expert].float(), self.b1[expert], self.w2[expert].float(), self.b2[expert]
 
     def _first(self, x_TD: Tensor, groups: Any) -> Tensor:
         return float_linear(x_TD, self.w1, self.b1, groups, self._path(groups))
