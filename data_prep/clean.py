@@ -8,19 +8,15 @@ lose a good pair by collision with a probability below 3e-5 in 30 million pairs.
 """
 
 import argparse
-import hashlib
-import html
 import itertools
 import json
 import os
-import re
 import sys
 import time
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,130 +24,15 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from data_prep.languages import SCRIPTS, is_blank, language_identifier, script_letters, script_share
-from data_prep.textio import DataError, language_pair, read_lines, require_file, split_lines
+from data_prep.languages import SCRIPTS, language_identifier, script_letters
+from data_prep.rules import ALWAYS, MENDS, RULES, Settings, failed_rule, mend
+from data_prep.seen import Chunk, Memory, side_hash
+from data_prep.textio import DataError, language_pair, require_file, split_lines
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside, sha256_of
 
-RULES = {
-    "encoding": "a side is not valid UTF-8",
-    "empty": "a side is empty, or nothing of it can be seen",
-    "control": "a side holds a control, private-use, surrogate or unassigned character, or U+FFFD",
-    "length": "a side is shorter or longer than allowed, in words or characters",
-    "ratio": "one side is too long for the other",
-    "identical": "both sides are equal, letter case aside",
-    "script": "too few letters of a side are in the script of its language",
-    "language": "language identification is sure that a side is in another language",
-    "held_out": "a side occurs in a text given by --exclude",
-    "duplicate": "the pair (or, by --duplicates, a side) occurred before",
-}
-ALWAYS = ("encoding", "empty")  # nothing downstream can work without these two
-MENDS = ("entities", "nfc", "invisible", "white_space")
-NO_SPACES = ("ja", "th", "zh")  # no words to count without a segmenter
-# Characters for one English character, measured on FLORES-200 dev; 1 for other languages.
-CHARS_PER_ENGLISH = {"zh": 0.34, "ja": 0.42, "ko": 0.5, "he": 0.8, "ar": 0.87}
 CHUNK_LINES = 4000
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-HASH_BYTES = 8
-
-_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]+")
-_BAD = regex.compile(r"[\p{Cc}\p{Co}\p{Cs}\p{Cn}\ufffd]")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides about a pair; the report repeats it."""
-
-    source: str
-    target: str
-    source_script: str
-    target_script: str
-    skip: tuple[str, ...] = ()
-    min_words: int = 1
-    max_words: int = 200
-    max_chars: int = 1000
-    max_ratio: float = 3.0
-    min_script: float = 0.5
-    language_id: str = "none"
-    min_confidence: float = 0.8
-    duplicates: str = "pair"
-
-
-@dataclass
-class Chunk:
-    """What a worker hands back: kept lines, the hashes of both sides (uint64, kept x 2), counts by name."""
-
-    lines: list[tuple[bytes, bytes]]
-    hashes: np.ndarray
-    dropped: Counter[str]
-    mended: Counter[str]
-
-
-def mend(text: str, counts: Counter[str]) -> str:
-    """Undo HTML entities, compose (NFC), drop invisible characters and make white space single spaces.
-
-    ``counts`` gains one for each of MENDS that changed the line.
-    """
-    if "&" in text and (decoded := html.unescape(text)) != text:
-        counts["entities"] += 1
-        text = decoded
-    if not unicodedata.is_normalized("NFC", text):
-        counts["nfc"] += 1
-        text = unicodedata.normalize("NFC", text)
-    if _INVISIBLE.search(text):
-        counts["invisible"] += 1
-        text = _INVISIBLE.sub("", text)
-    if (spaced := " ".join(text.split())) != text:
-        counts["white_space"] += 1
-    return spaced
-
-
-def length_ratio(source: str, target: str, source_language: str, target_language: str) -> float:
-    """How many times longer one side is than expected of the other, at least 1.
-
-    In characters, brought to English by CHARS_PER_ENGLISH; 10 more on each side, so that short lines pass.
-    """
-    ours = len(source) / CHARS_PER_ENGLISH.get(source_language, 1.0) + 10
-    theirs = len(target) / CHARS_PER_ENGLISH.get(target_language, 1.0) + 10
-    return max(ours / theirs, theirs / ours)
-
-
-def failed_rule(source: str, target: str, settings: Settings) -> str | None:
-    """The first rule, of those that need no memory of other lines, that a mended pair fails."""
-    sides = (
-        (source, settings.source, settings.source_script),
-        (target, settings.target, settings.target_script),
-    )
-    if is_blank(source) or is_blank(target):
-        return "empty"
-    tests: dict[str, Callable[[], bool]] = {
-        "control": lambda: any(_BAD.search(text) for text, _, _ in sides),
-        "length": lambda: any(_wrong_length(text, language, settings) for text, language, _ in sides),
-        "ratio": lambda: length_ratio(source, target, settings.source, settings.target) > settings.max_ratio,
-        "identical": lambda: source.casefold() == target.casefold(),
-        "script": lambda: any(script_share(text, script) < settings.min_script for text, _, script in sides),
-        "language": lambda: (
-            settings.language_id != "none"
-            and any(_other_language(text, language, settings.min_confidence) for text, language, _ in sides)
-        ),
-    }
-    return next((rule for rule, fails in tests.items() if rule not in settings.skip and fails()), None)
-
-
-def _wrong_length(text: str, language: str, settings: Settings) -> bool:
-    if len(text) > settings.max_chars:
-        return True
-    return language not in NO_SPACES and not settings.min_words <= text.count(" ") + 1 <= settings.max_words
-
-
-def _other_language(text: str, language: str, min_confidence: float) -> bool:
-    found, confidence = language_identifier()(text)
-    return found != language and confidence >= min_confidence
-
-
-def side_hash(side: int, text: bytes) -> bytes:
-    """8 bytes; the same text hashes apart on the two sides."""
-    return hashlib.blake2b(text, digest_size=HASH_BYTES, person=b"%d" % side).digest()
 
 
 def clean_chunk(source_block: bytes, target_block: bytes, settings: Settings) -> Chunk:
@@ -171,83 +52,6 @@ def clean_chunk(source_block: bytes, target_block: bytes, settings: Settings) ->
             lines.append((source.encode(), target.encode()))
     digests = b"".join(side_hash(side, pair[side]) for pair in lines for side in (0, 1))
     return Chunk(lines, np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2), dropped, mended)
-
-
-class SeenHashes:
-    """A growing set of 64-bit hashes in a few sorted arrays: 8 bytes each, at most 24 while two merge."""
-
-    def __init__(self) -> None:
-        self._sorted: list[np.ndarray] = []
-
-    def contains(self, hashes: np.ndarray) -> np.ndarray:
-        """Bool for each of ``hashes`` (uint64): was it added before?"""
-        found = np.zeros(len(hashes), dtype=bool)
-        for known in self._sorted:
-            place = np.searchsorted(known, hashes)
-            found |= known[np.minimum(place, len(known) - 1)] == hashes
-        return found
-
-    def add(self, hashes: np.ndarray) -> None:
-        """Add new hashes; arrays of like size merge, so there are only about log2(n) of them."""
-        if len(hashes):
-            self._sorted.append(np.sort(hashes))
-        while len(self._sorted) > 1 and len(self._sorted[-2]) <= 2 * len(self._sorted[-1]):
-            self._sorted[-2:] = [np.sort(np.concatenate(self._sorted[-2:]), kind="stable")]
-
-
-class Memory:
-    """The two rules that look at other lines; used by the main process alone, in the input's order."""
-
-    def __init__(self, settings: Settings, exclude: Sequence[Path]) -> None:
-        self._columns = _duplicate_columns(settings)
-        self._seen = [SeenHashes() for _ in self._columns]
-        self._held_out = [SeenHashes(), SeenHashes()]
-        for prefix in exclude:
-            for side, language in enumerate((settings.source, settings.target)):
-                self._held_out[side].add(hashes_of_file(Path(f"{prefix}.{language}"), side))
-
-    def keep(self, chunk: Chunk) -> np.ndarray:
-        """Bool for each kept line of the chunk; counts what the two rules drop."""
-        held_out = self._held_out[0].contains(chunk.hashes[:, 0]) | self._held_out[1].contains(chunk.hashes[:, 1])
-        chunk.dropped["held_out"] += int(held_out.sum())
-        duplicate = np.zeros(len(held_out), dtype=bool)
-        keys = [column(chunk.hashes) for column in self._columns]
-        for key, seen in zip(keys, self._seen, strict=True):
-            duplicate |= seen.contains(key)
-        kept = ~held_out & ~duplicate
-        # within the chunk: keep a line only if none of its keys belongs to an earlier kept line
-        own: list[set[int]] = [set() for _ in keys]
-        for row in np.flatnonzero(kept) if keys else ():
-            values = [int(key[row]) for key in keys]
-            if any(value in known for value, known in zip(values, own, strict=True)):
-                kept[row] = False
-                continue
-            for value, known in zip(values, own, strict=True):
-                known.add(value)
-        for key, seen in zip(keys, self._seen, strict=True):
-            seen.add(key[kept])
-        chunk.dropped["duplicate"] += int((~kept & ~held_out).sum())
-        return np.asarray(kept)
-
-
-def _duplicate_columns(settings: Settings) -> list[Callable[[np.ndarray], np.ndarray]]:
-    if settings.duplicates == "none" or "duplicate" in settings.skip:
-        return []
-    columns: dict[str, list[Callable[[np.ndarray], np.ndarray]]] = {
-        # an odd factor mixes the sides, so that swapped or equal hashes do not cancel
-        "pair": [lambda hashes: hashes[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ hashes[:, 1]],
-        "source": [lambda hashes: hashes[:, 0]],
-        "target": [lambda hashes: hashes[:, 1]],
-    }
-    return columns.get(settings.duplicates) or columns["source"] + columns["target"]
-
-
-def hashes_of_file(path: Path, side: int) -> np.ndarray:
-    """Distinct hashes of the mended lines of a file."""
-    counts: Counter[str] = Counter()
-    with require_file(path, "text to exclude").open("rb") as file:
-        mended = (mend(raw.decode(errors="replace"), counts).encode() for raw in read_lines(file))
-        return np.unique(np.frombuffer(b"".join(side_hash(side, line) for line in mended), dtype=np.uint64))
 
 
 def read_chunks(source: BinaryIO, target: BinaryIO, names: tuple[Path, Path]) -> Iterator[tuple[bytes, bytes]]:

@@ -2,11 +2,15 @@
 
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from data_prep import clean
+from data_prep.languages import script_share
+from data_prep.rules import length_ratio, mend
+from data_prep.seen import SeenHashes
 
 GOOD = ("Це звичайне речення.", "This is an ordinary sentence.")
 
@@ -89,8 +93,8 @@ def test_mends(tmp_path):
     ]
     assert dropped == {}
     assert report["mended_lines"] == {"entities": 2, "nfc": 0, "invisible": 2, "white_space": 2}
-    counts = clean.Counter()
-    assert clean.mend("\u0438\u0306", counts) == "\u0439"
+    counts = Counter()
+    assert mend("\u0438\u0306", counts) == "\u0439"
     assert counts == {"nfc": 1}
 
 
@@ -123,7 +127,7 @@ def test_any_number_of_workers_writes_the_same(tmp_path, monkeypatch):
 
 
 def test_seen_hashes_equal_a_plain_set():
-    rng, seen, slow = np.random.default_rng(0), clean.SeenHashes(), set()
+    rng, seen, slow = np.random.default_rng(0), SeenHashes(), set()
     for _ in range(40):
         hashes = rng.integers(0, 500, size=30, dtype=np.uint64)
         assert seen.contains(hashes).tolist() == [int(value) in slow for value in hashes]
@@ -134,9 +138,9 @@ def test_seen_hashes_equal_a_plain_set():
 
 
 def test_chinese_is_long_enough_in_characters():
-    assert clean.length_ratio("他明天不来", "He is not coming tomorrow", "zh", "en") < 1.6
-    assert clean.script_share("他 Tom 明天", "Han") == 0.5
-    assert clean.script_share("1984", "Han") == 1.0
+    assert length_ratio("他明天不来", "He is not coming tomorrow", "zh", "en") < 1.6
+    assert script_share("他 Tom 明天", "Han") == 0.5
+    assert script_share("1984", "Han") == 1.0
 
 
 def test_unequal_sides_stop_and_older_results_stay(tmp_path, capsys):

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from data_prep import phrases
+from data_prep import phrase_maker, phrases
 from data_prep.textio import DataError
 
 SIZES = {"test": 40, "valid": 40, "train": 400}
 
 
-@pytest.fixture(scope="module", params=phrases.SOURCES)
+@pytest.fixture(scope="module", params=phrase_maker.SOURCES)
 def corpus(request):
     return request.param, phrases.make_corpus(request.param, SIZES, seed=3)
 
@@ -30,14 +30,14 @@ def test_sizes_words_and_plain_characters(corpus):
     assert {split: len(lines) for split, lines in splits.items()} == SIZES
     for source, target in (line for lines in splits.values() for line in lines):
         assert 3 <= len(target.split()) <= 20
-        assert source == phrases.plain(source)
-        assert target == phrases.plain(target)
+        assert source == phrase_maker.plain(source)
+        assert target == phrase_maker.plain(target)
         assert not {"\u202f", "\u200f", "\u2009", "\n"} & set(source + target)
 
 
 def test_only_real_names_are_used(corpus):
     language, splits = corpus
-    identifiers = [*phrases.UNITS, *phrases.PER_UNITS, *phrases.RATE_UNITS]
+    identifiers = [*phrase_maker.UNITS, *phrase_maker.PER_UNITS, *phrase_maker.RATE_UNITS]
     shown = [name for name in identifiers for lines in splits.values() for line in lines if name in line[0] + line[1]]
     assert shown == [], f"{language}: Babel has no pattern for these"
 
@@ -73,7 +73,7 @@ def test_seed_changes_the_corpus_and_train_size_leaves_the_test_set():
 
 
 def test_styles_that_look_alike_in_the_source_share_one_target():
-    maker = phrases.phrase_maker("uk")
+    maker = phrase_maker.phrase_maker("uk")
     targets = {maker.same_in_both(phrases.random.Random(seed), ("first", "second"), show)[1] for seed in range(9)}
     assert targets == {"en first"}
 
@@ -83,13 +83,13 @@ def show(locale, style):
 
 
 def test_chinese_has_no_spelled_numbers_and_ukrainian_has():
-    assert not phrases.phrase_maker("zh").spells_numbers
-    assert phrases.phrase_maker("uk").spells_numbers
+    assert not phrase_maker.phrase_maker("zh").spells_numbers
+    assert phrase_maker.phrase_maker("uk").spells_numbers
 
 
 def test_gives_up_with_an_error_when_no_new_line_is_found(monkeypatch):
     monkeypatch.setattr(phrases, "MAX_MISSES", 50)
-    monkeypatch.setattr(phrases.PhraseMaker, "line", lambda self, rng: ("один два три", "one two three"))
+    monkeypatch.setattr(phrase_maker.PhraseMaker, "line", lambda self, rng: ("один два три", "one two three"))
     with pytest.raises(DataError, match=r"--test 2: no new line after 1 lines; ask for fewer"):
         phrases.make_corpus("uk", {"test": 2}, seed=1)
 

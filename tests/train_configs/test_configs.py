@@ -29,7 +29,7 @@ from xmoe_fairseq.moe import MoELayer
 FOLDER = Path(__file__).parents[2] / "train_configs"
 STUDIES = sorted(FOLDER.glob("studies/*.yaml"))
 CONFIGS = sorted(path for path in FOLDER.glob("*/*.yaml") if path not in STUDIES)
-TRANSLATION = [path for path in CONFIGS if path.parent.name in ("wmt23", "wmt23_released_recipe", "small", "demo")]
+TRANSLATION = [path for path in CONFIGS if path.parent.name in ("wmt23", "wmt23_official_recipe", "small", "demo")]
 GROUPS = ("task", "model", "criterion", "optimizer", "lr_scheduler")
 # Settings of the model in which files of one folder may differ, moe_* and the architecture aside.
 MAY_DIFFER = {"checkpoint_activations"}
@@ -184,7 +184,7 @@ def test_the_model_is_the_one_that_the_name_promises(path):
         assert sizes in (None, (config.num_experts, config.expert_dim))
 
 
-@pytest.mark.parametrize("folder", ["wmt23", "wmt23_released_recipe", "small", "demo"])
+@pytest.mark.parametrize("folder", ["wmt23", "wmt23_official_recipe", "small", "demo"])
 def test_methods_of_a_folder_have_equal_experts_and_equal_flops(folder):
     dense_dim = built(FOLDER / folder / "dense.yaml").encoder.layers[0].fc1.out_features
     parameters = {}
@@ -208,7 +208,7 @@ def test_methods_of_a_folder_have_equal_experts_and_equal_flops(folder):
     assert len(set(parameters.values())) == 1, parameters
 
 
-@pytest.mark.parametrize("folder", ["wmt23", "wmt23_released_recipe", "small", "demo"])
+@pytest.mark.parametrize("folder", ["wmt23", "wmt23_official_recipe", "small", "demo"])
 def test_files_of_a_folder_differ_in_model_and_criterion_only(folder):
     dense = OmegaConf.to_container(OmegaConf.load(FOLDER / folder / "dense.yaml"))
     for path in (FOLDER / folder).glob("*.yaml"):
@@ -218,8 +218,8 @@ def test_files_of_a_folder_differ_in_model_and_criterion_only(folder):
         assert config["criterion"]["label_smoothing"] == dense["criterion"]["label_smoothing"]
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "wmt23_released_recipe").glob("*.yaml")), ids=name_of)
-def test_the_released_recipe_is_that_of_its_readme_with_our_models(path):
+@pytest.mark.parametrize("path", sorted((FOLDER / "wmt23_official_recipe").glob("*.yaml")), ids=name_of)
+def test_the_official_recipe_is_that_of_its_readme_with_our_models(path):
     config, ours = OmegaConf.load(path), OmegaConf.load(FOLDER / "wmt23" / path.name)
     assert config.dataset.max_tokens * config.optimization.update_freq[0] * 4 == 16384 * 32 * 2
     assert (config.model.dropout, config.lr_scheduler.warmup_updates, config.optimizer.weight_decay) == (0.3, 512, 1e-4)
