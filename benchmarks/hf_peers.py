@@ -147,7 +147,7 @@ def without_biases(layer: MoELayer) -> MoELayer:
 
 
 def require_same(what: str, got: Tensor, want: Tensor) -> None:
-    """Exit unless both are equal up to the order of sums: a peer that computes something else is no peer."""
+    """Exit unless both are equal up to the order of sums; otherwise the comparison would be of two functions."""
     apart = float((got - want).abs().max() / want.abs().max())
     if not apart <= 1e-4:
         sys.exit(f"{what}: outputs differ by {apart:.2g} of the largest value, at most 1e-4 is rounding")

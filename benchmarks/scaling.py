@@ -3,10 +3,10 @@
     xmoe bench scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
 
 Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
-  flops        inference; expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
-  experts      training and inference; 8 to 512 experts of 512 (256) units, 4 (8) kept rows a token: only weights grow
-  granularity  training; 8 x 2048 cut finer down to 512 x 32: FLOPs and parameters fixed, kept rows grow to 64 a token
-  fine         inference and training; experts of size 1: one dense FFN cut in 2048, and 16,384 x 1, in bounded memory
+  flops        inference: expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
+  experts      training and inference: 8 to 512 experts of 512 (256) units, 4 (8) kept rows a token: only weights grow
+  granularity  training: 8 x 2048 cut finer down to 512 x 32 at fixed FLOPs and parameters, up to 64 kept rows a token
+  fine         inference and training: experts of size 1, one dense FFN cut in 2048, and 16,384 x 1, in bounded memory
 """
 
 from __future__ import annotations

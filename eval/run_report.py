@@ -78,7 +78,7 @@ def training_figures(records: Sequence[Record]) -> dict[str, Any]:
 def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
     """Sentences, target tokens and seconds out of fairseq-generate's standard error and standard output.
 
-    Which of the two gets the summary line depends on who configured logging first.
+    The summary line goes to either, depending on whether fairseq or hydra configured logging first.
     Raises: FileNotFoundError; ValueError if no file has the summary line, that is, translation did not end.
     """
     text = "\n".join(files.read_bytes(path).decode("utf-8", errors="replace") for path in paths)

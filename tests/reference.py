@@ -242,7 +242,7 @@ def moe_layer(
     capacity: int | None,
     activation: str = "gelu",
 ) -> SlowResult:
-    """Eq 2 over the pairs that Algorithm 1 keeps; 0 for tokens that nobody serves."""
+    """Eq 2 over the pairs that Algorithm 1 keeps; 0 for tokens that no expert serves."""
     num_experts = experts["w1"].size(0)
     kept = serve(routed.choices, routed.score_TE, capacity)
     rows = []

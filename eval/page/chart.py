@@ -8,7 +8,7 @@ from typing import Any
 
 from eval.run.record import Run
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; dashes and markers differ too.
+# Okabe and Ito's colours differ for any kind of colour vision. Dashes and markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "pentagon")

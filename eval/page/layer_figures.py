@@ -26,7 +26,7 @@ def load_heatmap(run: Run) -> Figure:
         zmax=3,
         unit="log2 of the share",
     )
-    # a cross for the dead: colour is never the only sign
+    # dead experts get a cross too, since colour alone is not readable for everyone
     marks = [["✕" if hover.endswith("dead") else "" for hover in row] for row in text]
     trace |= {
         "text": marks,

@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, template: str, *values: Any) -> None:
-        """What people type is nobody else's business: only the status is logged, by ``log_request``."""
+        """Log nothing of a request's text; ``log_request`` logs the status."""
 
 
 class Server(ThreadingHTTPServer):

@@ -1,4 +1,4 @@
-"""Looking inside experts and dense FFNs, on a bounded sample of rows, beside the fast path.
+"""Hidden units of experts and dense FFNs, computed again for a bounded sample of rows.
 
 Axis letters: T tokens, D model width, F hidden units, E experts, R sampled rows, S sampled tokens.
 """

@@ -1,6 +1,6 @@
 """How fast the router's probabilities add up: what any threshold would cost, from one pass over the text.
 
-Axis letters: T tokens; E experts; B bins of probability mass in [0, 1].
+Axis letters: T tokens, E experts, B bins of probability mass in [0, 1].
 """
 
 from __future__ import annotations

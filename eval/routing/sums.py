@@ -124,7 +124,7 @@ class LayerSums:
 
 
 class AgreementSums:
-    """Do the layers of one stack route alike? First choices and numbers of experts, layer against layer."""
+    """Agreement of the layers of one stack: their first choices and numbers of experts, pair by pair of layers."""
 
     def __init__(self, num_experts: list[int], device: torch.device) -> None:
         self.num_experts = num_experts

@@ -1,4 +1,4 @@
-"""What is known of a token without the model: kind, frequency, place in its sentence.
+"""Groups of tokens that need no model: kind, frequency, place in the sentence.
 
 Axis letters: V vocabulary, B sentences, T tokens of a time-major flattened batch (row t * B + b, as the layers see it).
 """

@@ -28,8 +28,8 @@ def read_history(path: str) -> dict[str, Any]:
     """Curves of a log of fairseq with ``log_format json``, thinned to at most 400 points each.
 
     Returns:
-        ``train`` and ``valid``: ``updates`` and one list per figure; ``layers``: label -> the same, from training;
-        ``first_nan_update``: where the loss stopped being a number, or None.
+        ``train`` and ``valid`` hold ``updates`` and one list per figure. ``layers`` holds the same for each label, from
+        training. ``first_nan_update`` is the update at which the loss stopped being a number, or None.
     Raises:
         FileNotFoundError; ValueError if the log holds no figures.
     """

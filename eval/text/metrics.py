@@ -68,7 +68,7 @@ def build_metrics(names: Sequence[str], target_language: str, references: Sequen
 
 @contextlib.contextmanager
 def sacrebleu_seed(seed: int | None) -> Iterator[None]:
-    """Set ``SACREBLEU_SEED``, the one door to sacreBLEU's random numbers, for a while.
+    """Set ``SACREBLEU_SEED``, which seeds sacreBLEU's resampling, while the block runs.
 
     ``None`` leaves the environment as it is (sacreBLEU's default is 12345; ``none`` there means random).
     """

@@ -85,7 +85,7 @@ def known_settings(group: str, name: str) -> set[str]:
 
 
 def check_settings(config: DictConfig) -> None:
-    """ValueError for a setting that nobody reads; the groups without a _name were checked by hydra."""
+    """ValueError for a setting that no code reads; the groups without a _name were checked by hydra."""
     for group, values in config.items():
         if OmegaConf.is_dict(values) and values.get("_name") and group in GROUPS:
             unknown = set(values) - known_settings(group, values._name) - {"_name"}

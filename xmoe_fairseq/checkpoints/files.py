@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: no code runs, nothing damaged passes, nothing is half-written.
+"""Reading and writing checkpoint files: no code of a file runs, damaged files are refused, files are written whole.
 
 ``torch.save`` writes a zip archive with a CRC-32 of every record, which ``torch.load`` does not look at. It is checked
 here, so damage is found in the files of stock ``fairseq-train`` without a checksum file beside them.

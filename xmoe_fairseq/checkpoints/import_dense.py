@@ -1,6 +1,6 @@
 """Turn a dense fairseq transformer into a mixture of experts: cut its feed-forward networks up, or copy them.
 
-Letters: D model width; F hidden units of the dense FFN; E experts.
+Axis letters: D model width, F hidden units of the dense FFN, E experts.
 
 ``split``: the F hidden units are dealt to E experts of F / E each. A MoE layer adds up p_e * expert_e(x) with p the
 router's softmax; with router weights zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps
@@ -150,8 +150,8 @@ def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
     """Factors on the second map and its bias that make up for the weights of the experts while all p are equal.
 
     The router itself says how many experts n it takes then and with which weight: 1 / E, or 1 / n if it normalises.
-    ``copy`` wants the weights of the maps to sum to 1; ``split`` wants weight 1 for each map; the bias is shared by all
-    in both.
+    ``copy`` wants the weights of the maps to sum to 1. ``split`` wants weight 1 for each map. All experts share the
+    bias in both.
     """
     router = router_class(config.router)
     if config.merge_experts or not router.weights_by_softmax or router.num_gates(config) != config.num_experts:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: settings, MoE layers, parameters; and whether its tensors agree with that."""
+"""Settings, MoE layers and parameters of a checkpoint, and whether its tensors agree with its settings."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def settle_positions(args: Any, task: Any) -> None:
     sources = (args, getattr(task, "args", None))
     names = ("max_target_positions", "tokens_per_sample")
     found = (getattr(source, name, None) for source in sources for name in names)
-    # a string is a reference to the task's setting that nobody has resolved
+    # a string is an unresolved reference to the task's setting
     positions = next((value for value in found if isinstance(value, int)), DEFAULT_MAX_TARGET_POSITIONS)
     with open_dict(args) if OmegaConf.is_config(args) else ExitStack():
         args.max_target_positions = positions

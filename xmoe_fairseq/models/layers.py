@@ -1,4 +1,4 @@
-"""Stock fairseq transformer layers whose feed-forward part is a MoELayer; nothing else of them is touched."""
+"""Stock fairseq transformer layers whose feed-forward part is a MoELayer. All other parts are the stock ones."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 Four functions of fairseq are wrapped at run time:
 
-- reading: the checksums are looked at, and a refused or damaged file gets a clear message;
-- resuming: if ``checkpoint_last.pt`` is damaged, training continues from the last good checkpoint of the folder;
-- copying (``checkpoint1.pt`` to ``checkpoint_last.pt``): beside the target, then moved. fairseq copies in place, so a
-  process killed meanwhile leaves half a file;
-- broadcasting what rank 0 read to the other ranks: fairseq pickles its configuration object, which torch >= 2.6 rightly
-  refuses on the other side; plain data is sent instead.
+- Reading checks the checksums, and a refused or damaged file gets a clear message.
+- Resuming continues from the last good checkpoint of the folder if ``checkpoint_last.pt`` is damaged.
+- Copying (``checkpoint1.pt`` to ``checkpoint_last.pt``) writes beside the target, then moves. fairseq copies in place,
+  and a process killed meanwhile leaves half a file.
+- Broadcasting what rank 0 read sends plain data. fairseq pickles its configuration object, which torch >= 2.6 refuses
+  on the other side.
 """
 
 from __future__ import annotations

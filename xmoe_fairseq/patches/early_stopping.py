@@ -1,7 +1,7 @@
 """A training that is stopped anywhere and continued ends as one that was not: with early stopping, in particular.
 
-fairseq keeps the state of early stopping in attributes of a function, so a resumed run starts to count anew; it counts
-validations at epoch ends like those of the chosen interval; and it trains one more update when a finished run is
+fairseq keeps the state of early stopping in attributes of a function, so a resumed run starts to count anew. It counts
+validations at epoch ends like those of the chosen interval. It trains one more update when a finished run is
 started again. Here that state lies in the checkpoint.
 """
 

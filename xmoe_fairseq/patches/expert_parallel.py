@@ -3,10 +3,10 @@
 Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. It lacks three things, added
 here around its own functions, when the first expert-parallel model of a process is built and not before:
 
-- the gradient norm: stock leaves experts out of it; here it is that of replicated experts, equal on every rank;
-- saving: one file with all experts and their optimiser state, gathered where every rank passes
-  (``Trainer.consolidate_optimizer``), written by rank 0 as ever;
-- loading: rank 0 reads the file and sends each rank its slice of the experts and of their optimiser state.
+- The gradient norm is that of replicated experts, equal on every rank. Stock fairseq leaves experts out of it.
+- Saving gathers all experts and their optimiser state where every rank passes (``Trainer.consolidate_optimizer``).
+  Rank 0 writes one file, as ever.
+- Loading reads the file on rank 0, which sends each rank its slice of the experts and of their optimiser state.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_
 from .wrap import wrap
 
 logger = logging.getLogger(__name__)
-# The trainer that is loading a checkpoint; fairseq's broadcast is not told for whom it sends.
+# The trainer that is loading a checkpoint. fairseq's broadcast does not receive it as an argument.
 _loading: Trainer | None = None
 
 
@@ -181,7 +181,7 @@ def _load_checkpoint(original: Callable[..., Any], trainer: Trainer, *args: Any,
 
 
 def _broadcast(original: Callable[..., Any], obj: Any, src_rank: int, group: Any, dist_device: Any = None) -> Any:
-    """While a checkpoint is loaded: everything but experts to everyone, then to each rank its part of each expert."""
+    """While a checkpoint is loaded: send all but the experts to every rank, then each rank its part of each expert."""
     if _loading is None:
         return original(obj, src_rank, group, dist_device)
     trainer, is_source = _loading, distributed_utils.get_rank(group) == src_rank

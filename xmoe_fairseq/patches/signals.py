@@ -134,7 +134,7 @@ def _save_and_exit(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> Non
             "stopped by a signal at update %d, saved; the same command continues (exit code %d)", updates, SAVED
         )
     if trainer.data_parallel_world_size > 1:
-        torch.distributed.barrier()  # nobody leaves, and ends the others, while rank 0 writes
+        torch.distributed.barrier()  # a rank that left while rank 0 writes would end the others
     _stop_listening()
     raise SystemExit(SAVED)
 

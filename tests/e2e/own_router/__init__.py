@@ -1,4 +1,4 @@
-"""A ``--user-dir`` package of somebody else: brings a router of its own to every model of xmoe_fairseq."""
+"""A ``--user-dir`` package outside the project: brings a router of its own to every model of xmoe_fairseq."""
 
 import xmoe_fairseq  # noqa: F401  registers models and criterions
 
