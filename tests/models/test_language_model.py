@@ -92,9 +92,9 @@ def test_merged_experts_in_beam_search_merge_once_per_sentence(monkeypatch):
     merged_rows: list[tuple[bool, int, int]] = []
     original = MergedMoELayer._compute_cached
 
-    def watch(layer, x_RTD, vector_RC, choice1, choice2, cache):
+    def watch(layer, x_RTD, vector_RD, choice1, choice2, cache):
         before = bool(cache)
-        y = original(layer, x_RTD, vector_RC, choice1, choice2, cache)
+        y = original(layer, x_RTD, vector_RD, choice1, choice2, cache)
         merged_rows.append((before, x_RTD.size(0), cache["w1"].size(0)))
         return y
 

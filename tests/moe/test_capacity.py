@@ -8,7 +8,7 @@ import torch
 from tests import reference
 from tests.moe.helpers import tiny_layer, tokens
 from xmoe_fairseq.moe import MoEConfig, capacity
-from xmoe_fairseq.moe.capacity import make_plan, ranks_that_fill
+from xmoe_fairseq.moe.capacity import columns_until_full, make_plan
 from xmoe_fairseq.moe.plan import Choices
 
 
@@ -93,8 +93,8 @@ def test_later_ranks_are_looked_at_until_every_expert_is_full() -> None:
     score_TE = torch.rand(50, 6, generator=generator)
     assert served(choices, score_TE, 2) == reference.serve(choices, score_TE.tolist(), 2)
     chosen = line_up(choices, score_TE)
-    assert ranks_that_fill(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 2])) == 5
-    assert ranks_that_fill(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 0])) == 2
+    assert columns_until_full(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 2])) == 5
+    assert columns_until_full(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 0])) == 2
 
 
 def test_batches_too_long_for_one_key_serve_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ NAN, INF = float("nan"), float("inf")
         ),
         (
             {"merge_experts": True, "top_k": 2, "capacity_factor": 2.0},
-            r"moe_merge_experts serves every token: moe_capacity_factor \(2.0\) .* must be None",
+            r"moe_merge_experts drops no token: moe_capacity_factor \(2.0\) .* must be None",
         ),
     ],
 )

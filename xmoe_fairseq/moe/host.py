@@ -1,7 +1,7 @@
-"""One question that decides between two ways of computing the same: does the host hold this tensor?
+"""Whether a tensor is in the CPU's memory: the question that decides between two ways of computing the same.
 
-On the host NumPy sorts faster than torch, and looking at a value to save work costs nothing. Elsewhere looking means
-waiting for the device, so the work is done without looking. Tests answer "no" for CPU tensors, to run the other way.
+On a CPU NumPy sorts faster than torch, and reading a value to skip work is free. On another device reading a value
+waits for the device, so the work is done without it. Tests replace ``on_cpu`` to run that way on CPU tensors.
 """
 
 from __future__ import annotations
@@ -10,5 +10,5 @@ from torch import Tensor
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    """Whether ``tensor`` lies in the memory of the CPU."""
+    """True if ``tensor`` is in the memory of the CPU."""
     return tensor.device.type == "cpu"

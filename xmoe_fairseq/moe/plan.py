@@ -1,8 +1,4 @@
-"""RoutingPlan: all that routing tells the rest of the house.
-
-Axis letters: T tokens of the flattened batch, padding included; E experts; K ranks, the most choices of a token; A
-assignments, that is kept (token, expert) pairs.
-"""
+"""What a router decides (``Choices``), and what is computed of it (``RoutingPlan``)."""
 
 from __future__ import annotations
 
@@ -17,17 +13,17 @@ from .ordering import count_indices
 
 
 class Choices(NamedTuple):
-    """What a router wants, before capacity: the experts of each token, first choice in column 0, second in 1, ...
+    """The experts that each token wants, before capacity: its first choice in column 0, its second in column 1, ...
 
-    A tuple because fairseq's search for a NaN hangs a backward hook on every module, and torch's wants the output to be
-    made of tuples, dicts and tensors.
+    It is a tuple because fairseq's search for a NaN puts a backward hook on every module, and torch's hook requires
+    that a module's output consists of tuples, dicts and tensors.
 
     Attributes:
-        expert_TK: int64 in [0, E), no expert twice among the chosen ones of a token; anything valid where not chosen.
-        chosen_TK: bool, False where there is no such choice: the token wants fewer experts, or is padding.
-        score_TK: float32 >= 0, no gradient: within one rank (column) an expert serves higher scores first.
-        weight_TE: float32 with gradient: what the output of expert e is multiplied with for token t.
-        balance: what the balance loss needs; None for a router without one.
+        expert_TK: int64 in [0, E), any value where ``chosen_TK`` is False; the chosen experts of a token differ.
+        chosen_TK: bool, False where the token wants fewer experts, or is padding.
+        score_TK: float32 >= 0, no gradient: within one column an expert keeps higher scores first.
+        weight_TE: float32 with gradient: the factor on the output of expert e for token t.
+        balance: terms of the balance loss; None for a router without one.
         entropy: float32 scalar, nats, mean over real tokens of the router's entropy; 0 where it has no probabilities.
         z_loss: float32 scalar with gradient, already weighted; None when off.
     """
@@ -43,14 +39,14 @@ class Choices(NamedTuple):
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """What is really computed: the kept (token, expert) pairs, sorted by expert, then by token.
+    """The (token, expert) pairs that are computed, sorted by expert, then by token.
 
     Attributes:
         token_index_A: int64, row of the flattened batch, in [0, num_tokens).
         expert_index_A: int64, ascending, in [0, E).
         weight_A: float32, multiplies the expert's output; carries the router's gradient.
         count_E: int64, kept rows per expert; sums to A.
-        wanted_E: int64, rows asked for before capacity; wanted - count were dropped.
+        wanted_E: int64, pairs before capacity; wanted - count were dropped.
         num_tokens: T, padding included.
         num_real_tokens: int64 scalar tensor, padding excluded: the denominator of every rate.
         balance: terms of the balance loss; None where the router has none.
@@ -82,5 +78,5 @@ class RoutingPlan:
 
     @cached_property
     def experts_per_token_T(self) -> Tensor:
-        """int64 (T,): experts that really computed each token."""
+        """int64 (T,): experts that computed each token."""
         return count_indices(self.token_index_A, self.num_tokens)

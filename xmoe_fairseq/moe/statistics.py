@@ -1,4 +1,4 @@
-"""Figures of a routing that one logs: pure functions of a plan, as sums that add up over batches and ranks."""
+"""Routing figures for the log: pure functions of a plan, as sums that are added over batches and ranks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .plan import RoutingPlan
 
-# what routing_sums returns
-FIGURES = ("tokens", "wanted", "used", "cost", "entropy", "passes", "load_cv", "balance")
+# Keys of routing_sums.
+FIGURES = ("tokens", "wanted", "used", "cost", "entropy", "forwards", "load_cv", "balance")
 
 
 def routing_sums(plan: RoutingPlan) -> dict[str, Tensor]:
     """Sums of one forward pass of one layer, without gradient, without host synchronisation.
 
     Returns:
-        float32 scalars: ``tokens`` (real ones), ``wanted`` and ``used`` (token, expert) pairs, ``cost`` (FLOPs of the
-        used pairs in units of one token through the dense FFN), ``entropy`` (nats times tokens), and, once per forward
-        pass, ``passes`` (1), ``load_cv`` (standard deviation / mean of rows per expert) and ``balance``.
+        float32 scalars: ``tokens`` (without padding), ``wanted`` and ``used`` (token, expert) pairs, ``cost`` (FLOPs of
+        the used pairs in units of one token through the dense FFN), ``entropy`` (nats times tokens), and, once per
+        forward pass, ``forwards`` (1), ``load_cv`` (standard deviation / mean of rows per expert) and ``balance``.
     """
     with torch.no_grad():
         tokens = plan.num_real_tokens.float()
@@ -29,26 +29,26 @@ def routing_sums(plan: RoutingPlan) -> dict[str, Tensor]:
             "used": used,
             "cost": used * plan.row_cost,
             "entropy": plan.entropy * tokens,
-            "passes": torch.ones_like(tokens),
+            "forwards": torch.ones_like(tokens),
             "load_cv": used_E.std(correction=0) / used_E.mean().clamp(min=1e-9),
             "balance": plan.balance_loss.detach(),
         }
 
 
 def routing_figures(sums: dict[str, float]) -> dict[str, float]:
-    """What to show, from added-up ``routing_sums``.
+    """The figures to show, from added ``routing_sums``.
 
     Returns:
         ``wanted`` and ``used`` experts per token, ``dropped`` share of the wanted pairs, ``load_cv``, ``entropy``
         (nats), ``balance`` (the loss, unweighted) and ``flops`` relative to the dense FFN.
     """
-    tokens, passes = max(sums["tokens"], 1.0), max(sums["passes"], 1.0)
+    tokens, forwards = max(sums["tokens"], 1.0), max(sums["forwards"], 1.0)
     return {
         "wanted": sums["wanted"] / tokens,
         "used": sums["used"] / tokens,
         "dropped": 1.0 - sums["used"] / sums["wanted"] if sums["wanted"] > 0 else 0.0,
-        "load_cv": sums["load_cv"] / passes,
+        "load_cv": sums["load_cv"] / forwards,
         "entropy": sums["entropy"] / tokens,
-        "balance": sums["balance"] / passes,
+        "balance": sums["balance"] / forwards,
         "flops": sums["cost"] / tokens,
     }

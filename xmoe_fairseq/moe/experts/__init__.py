@@ -1,1 +1,1 @@
-"""The experts of a layer: stacked weights (stacked), rows by expert (layouts), experts spread over ranks (ranks)."""
+"""The experts of a layer: stacked weights, rows by expert (layouts), few rows at inference, experts over ranks."""

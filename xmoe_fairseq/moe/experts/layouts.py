@@ -1,10 +1,7 @@
-"""Rows by expert, and back by token.
+"""Dispatch and combine: token rows gathered by expert, expert outputs summed by token.
 
-``TokenRows`` says where each kept (token, expert) pair of a plan lies in a flat list of rows; a ``RowLayout`` also
-multiplies those rows with their experts' matrices.
-
-Axis letters: T tokens; D, I, O widths; E experts; A assignments of the plan; R rows of the layout (A, or E x C where
-rows are padded to the fullest expert); C rows of the fullest expert.
+``TokenRows`` knows the row of each assignment of a plan. A ``RowLayout`` also multiplies the rows with their experts'
+matrices. A layout has R = A rows, or R = E x C where rows are padded to the fullest expert.
 """
 
 from __future__ import annotations
@@ -18,11 +15,11 @@ from ..plan import RoutingPlan
 
 
 class TokenRows:
-    """Ragged rows: A rows in the plan's order.
+    """One row per assignment, in the plan's order.
 
     Attributes:
         token_R: int64, the token of each row.
-        slot_A: int64, the row of each assignment; None where that is its own number.
+        slot_A: int64, the row of each assignment; None if assignment a is row a.
     """
 
     def __init__(self, plan: RoutingPlan) -> None:
@@ -38,8 +35,8 @@ class TokenRows:
     def combine(self, out_RD: Tensor, weight_A: Tensor | None) -> Tensor:
         """Sum each token's rows, scaled by ``weight_A`` (None: by 1): (R, D) -> (T, D). Deterministic.
 
-        ``embedding_bag`` sums the rows of a token without writing scaled copies; ``index_add_`` is an order of
-        magnitude slower on a CPU and not deterministic on CUDA.
+        ``embedding_bag`` sums the rows of a token without writing scaled copies. ``index_add_`` is ten times as slow on
+        a CPU and not deterministic on CUDA.
         """
         order_A, start_T = self._by_token()
         weight = None if weight_A is None else weight_A.index_select(0, order_A).to(out_RD.dtype)
@@ -53,7 +50,7 @@ class TokenRows:
 
 
 class RowLayout(TokenRows, ABC):
-    """Rows and the products with their experts' matrices. The layouts differ in speed, not in results."""
+    """Rows and their products with the experts' matrices. All layouts compute the same; their speed differs."""
 
     @abstractmethod
     def linear(self, in_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor) -> Tensor:
@@ -65,14 +62,14 @@ class RowLayout(TokenRows, ABC):
 
     @abstractmethod
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        """Sum over an expert's rows of the outer products: (E, I, O); 0 for idle experts."""
+        """Sum over an expert's rows of the outer products: (E, I, O); 0 for an expert without rows."""
 
     def spread(self, value_A: Tensor) -> Tensor:
-        """A value per assignment -> a value per row."""
+        """(A,) -> (R,): the value of each row's assignment; 0 for padding rows."""
         return value_A
 
     def collect(self, value_R: Tensor) -> Tensor:
-        """A value per row -> a value per assignment."""
+        """(R,) -> (A,): the value of each assignment's row."""
         return value_R if self.slot_A is None else value_R.index_select(0, self.slot_A)
 
     def bias_gradient(self, grad_RO: Tensor, weight_R: Tensor | None = None) -> Tensor:
@@ -90,14 +87,14 @@ class RowLayout(TokenRows, ABC):
 
 
 class BatchedRows(RowLayout):
-    """Rows padded to the fullest expert: R = E x C, one batched GEMM. A padding row repeats a real row at weight 0."""
+    """Rows padded to the fullest expert, R = E x C, for batched GEMMs. A padding row is some token's, at weight 0."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__(plan)
         self.num_experts = plan.count_E.numel()
         self.fullest = int(plan.count_E.max())
         if self.num_experts * self.fullest == plan.token_index_A.numel():
-            return  # every expert is equally full: nothing to pad
+            return  # all experts have C rows: no padding
         start_E = plan.count_E.cumsum(0) - plan.count_E
         place_A = torch.arange(plan.token_index_A.numel(), device=start_E.device) - start_E[plan.expert_index_A]
         self.slot_A = plan.expert_index_A * self.fullest + place_A
@@ -133,7 +130,7 @@ class BatchedRows(RowLayout):
 
 
 class LoopRows(RowLayout):
-    """One GEMM per expert that has rows; idle experts cost nothing. Reads the counts on the host."""
+    """One GEMM per expert that has rows. On a GPU it waits for the counts."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__(plan)
@@ -187,13 +184,13 @@ class GroupedRows(RowLayout):
 
 
 def groupable(*widths: int, dtype: torch.dtype) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` takes these widths (rows of whole 16 bytes) and this dtype."""
+    """True if ``torch.nn.functional.grouped_mm`` takes these widths (rows of whole 16 bytes) and this dtype."""
     known = hasattr(torch.nn.functional, "grouped_mm") and dtype in (torch.float32, torch.bfloat16, torch.float16)
     return known and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether grouped_mm is one kernel there. In all other places torch stands in a loop of GEMMs over the groups.
+    """True if grouped_mm is one kernel on this device; elsewhere torch runs a loop of GEMMs over the groups.
 
     Source: pytorch/pytorch pull requests 161407 and 162059.
     """

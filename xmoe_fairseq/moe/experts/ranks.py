@@ -1,16 +1,15 @@
 """Expert parallelism: the experts of a layer spread over the ranks, their rows exchanged by all-to-all.
 
 Of E experts on W ranks, rank r holds experts r * E / W to (r + 1) * E / W - 1. Everything else is as in data
-parallelism: each rank has the whole router and decides for its own tokens, with its own capacity. Only the rows of
-kept (token, expert) pairs travel: there with their routing weight, back already weighted. So the result is that of
-replicated experts, but for the order of float32 sums; the random draws of activation dropout fall elsewhere.
+parallelism: each rank has the whole router and routes its own tokens, with its own capacity. Only the rows of kept
+(token, expert) pairs are exchanged: sent with their routing weight, returned as weighted outputs. The result is that of
+replicated experts up to the order of float32 sums; activation dropout draws other random numbers.
 
-The gradient of an expert's parameters is complete on the rank that holds it: the sum over the tokens of all ranks. Data
-parallel training expects a mean over ranks, so it is divided by W there. Parameters carry ``expert = True``, the mark
-by which fairseq leaves them out of its all-reduce.
+A rank computes the whole gradient of its experts, the sum over the tokens of all ranks. Data-parallel training expects
+a mean over ranks, so this gradient is divided by W. The parameters have the attribute ``expert = True``, by which
+fairseq leaves them out of its all-reduce.
 
-Axis letters: T tokens of this rank; D model width; E all experts; L = E / W experts of this rank; A kept pairs of this
-rank, sorted by expert and so by rank; R rows that arrive; S source ranks.
+Here T and A are the tokens and assignments of this rank, and R the rows that it receives.
 """
 
 from __future__ import annotations
@@ -76,10 +75,10 @@ def local_slice(num_experts: int) -> slice:
 
 
 class ParallelExperts(Experts):
-    """The L experts of this rank, called with the tokens and the plan of this rank like ``Experts``.
+    """The L experts of this rank; it is called like ``Experts``, with the tokens and the plan of this rank.
 
-    Every rank must run the same forward and backward passes in the same order, each with any number of tokens, none
-    included. The random start is the slice of what ``Experts`` would start with.
+    Every rank must run the same forward and backward passes in the same order, each with any number of tokens, also
+    with 0. It is initialised with its slice of what ``Experts`` would be initialised with.
 
     State: ``w1`` (L, D, F), ``b1`` (L, F), ``w2`` (L, F, D), ``b2`` (L, D); loading also takes all E
     experts and keeps its slice.
@@ -98,10 +97,10 @@ class ParallelExperts(Experts):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # communicates
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
-        """Sum over each token's kept experts, wherever they are, of weight * expert(x): (T, D)."""
+        """Sum over each token's kept experts, on any rank, of weight * expert(x): (T, D)."""
         device = x_TD.device.type
         if torch.is_autocast_enabled(device):
-            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # before it travels
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # halves what is sent
         exchange = _Exchange(plan)
         x_RD, weight_R = _ToExperts.apply(x_TD, plan.weight_A, exchange)
         out_RD = super().forward(x_RD, exchange.local_plan(weight_R))
@@ -117,7 +116,7 @@ class ParallelExperts(Experts):
 
 
 def _local_config(config: MoEConfig, num_local: int) -> MoEConfig:
-    """What ``Experts`` reads of a configuration, for this rank's experts; the routing has already happened."""
+    """The part of a configuration that ``Experts`` reads, for this rank's experts."""
     return MoEConfig(
         embed_dim=config.embed_dim,
         num_experts=num_local,
@@ -133,12 +132,13 @@ def _mean_over_ranks(grad: Tensor) -> Tensor:
 
 
 class _Exchange:
-    """Who sends how many rows to whom, for one plan. Reads the counts on the host.
+    """Numbers of rows that the ranks exchange for one plan. On a GPU it waits for them.
 
     Attributes:
         rows: rows of this rank's tokens by expert.
-        sent: rows for each rank. received: rows from each rank.
-        count_SL: int64, rows from each rank for each expert held here.
+        sent: number of rows to each rank.
+        received: number of rows from each rank.
+        count_SL: int64, rows from each rank for each expert of this rank.
     """
 
     def __init__(self, plan: RoutingPlan) -> None:
@@ -149,14 +149,14 @@ class _Exchange:
         dist.all_to_all_single(self.count_SL, count_SL)
         self.sent, self.received = torch.stack([count_SL.sum(dim=1), self.count_SL.sum(dim=1)]).tolist()
 
-    def there(self, rows: Tensor) -> Tensor:
+    def send(self, rows: Tensor) -> Tensor:
         return _all_to_all(rows, self.sent, self.received)
 
-    def back(self, rows: Tensor) -> Tensor:
+    def send_back(self, rows: Tensor) -> Tensor:
         return _all_to_all(rows, self.received, self.sent)
 
     def local_plan(self, weight_R: Tensor) -> RoutingPlan:
-        """Each row that arrived is a token with one expert; rows arrive by source rank, then by expert."""
+        """Plan of the received rows, each a token with one expert; they are sorted by source rank, then by expert."""
         num_ranks, num_local = self.count_SL.shape
         expert_L = torch.arange(num_local, device=weight_R.device)
         expert_R = expert_L.repeat(num_ranks).repeat_interleave(self.count_SL.view(-1), output_size=sum(self.received))
@@ -186,41 +186,41 @@ def _all_to_all(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
 class _ToExperts(torch.autograd.Function):
     """(T, D) and (A,) of this rank -> (R, D) and (R,) of this rank's experts.
 
-    Rows and weights are one function, so that every rank runs its two exchanges of the backward pass in the same order.
+    Rows and weights are in one function, so that all ranks run the two exchanges of its backward pass in one order.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_A: Tensor, exchange: _Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        return exchange.there(exchange.rows.gather(x_TD)), exchange.there(weight_A)
+        return exchange.send(exchange.rows.gather(x_TD)), exchange.send(weight_A)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor, grad_R: Tensor) -> tuple[Tensor, Tensor, None]:
         exchange = ctx.exchange
-        grad_TD = exchange.rows.combine(exchange.back(grad_RD), None)
-        return grad_TD, exchange.back(grad_R), None
+        grad_TD = exchange.rows.combine(exchange.send_back(grad_RD), None)
+        return grad_TD, exchange.send_back(grad_R), None
 
 
 class _FromExperts(torch.autograd.Function):
-    """(R, D) of this rank's experts -> (T, D): the rows return and are summed by token."""
+    """(R, D) of this rank's experts -> (T, D): rows are sent back and summed by token."""
 
     @staticmethod
     def forward(ctx: Any, out_RD: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.rows.combine(exchange.back(out_RD), None)
+        return exchange.rows.combine(exchange.send_back(out_RD), None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        return exchange.there(exchange.rows.gather(grad_TD.contiguous())), None
+        return exchange.send(exchange.rows.gather(grad_TD.contiguous())), None
 
 
 def gather_experts(local: Tensor) -> Tensor | None:
-    """All experts of a tensor whose first axis is this rank's experts: on rank 0, on the CPU; None elsewhere.
+    """The tensor of all experts from each rank's (L, ...): (E, ...) on the CPU of rank 0; None on other ranks.
 
-    Every rank must call it. At most one copy of the whole tensor lies on rank 0's device.
+    Every rank must call it. Rank 0's device holds at most one copy of the whole tensor.
     """
     local = local.detach().contiguous()
     first = dist.get_rank() == 0
@@ -230,7 +230,7 @@ def gather_experts(local: Tensor) -> Tensor | None:
 
 
 def norm_over_ranks(shared_norm: Tensor, local_grads: list[Tensor]) -> Tensor:
-    """L2 norm of all gradients: those that every rank has (``shared_norm``) and the experts' of every rank.
+    """L2 norm of all gradients: of the shared parameters (``shared_norm``) and of the experts of every rank.
 
     Args:
         shared_norm: float32 scalar, equal on all ranks.

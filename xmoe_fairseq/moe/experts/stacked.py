@@ -1,23 +1,20 @@
-"""Many small feed-forward networks with stacked weights, computed together.
+"""The experts: many small feed-forward networks with stacked weights, computed together.
 
-Axis letters: T tokens; D model width; E experts; F hidden units of one expert; A assignments (kept rows), sorted by
-expert; R rows of a layout (layouts.py).
+There are four ways to compute the same sums. ``choose_path`` picks one by measured rules:
 
-Four ways to compute the same sums; ``choose_path`` picks one by measured rules:
-
-    bmm      rows padded to the fullest expert, one batched GEMM: best on CPUs when loads are even, as they are in
-             training, where capacity fills most experts to the brim.
-    loop     one GEMM per expert that has rows: uneven loads and few rows, as in incremental decoding.
-    grouped  torch's grouped GEMM over ragged groups: bfloat16 on GPUs from compute capability 9.0 (H100) on.
-    masked   all experts on all tokens, weight 0 where not kept: tiny experts or nearly full choice, where gathering a
-             row costs more than computing it (dense-as-XMoE at t = 1, experts of size 1).
+    bmm      pads rows to the fullest expert for one batched GEMM. It is best on CPUs when loads are even, as in
+             training, where capacity fills most experts.
+    loop     runs one GEMM per expert that has rows, for uneven loads and few rows, as in incremental decoding.
+    grouped  runs torch's grouped GEMM over ragged groups, in bfloat16 on GPUs from compute capability 9.0 (H100) on.
+    masked   computes all experts on all tokens, with weight 0 where a pair is not kept. It is for experts so small, or
+             choices so many, that gathering a row costs more than computing it (dense-as-XMoE at t = 1).
 
 At inference on a CPU few rows per expert go through kernels of our own (few_rows.py).
 
-In the first three, gather, experts and combine are one autograd function. It keeps the layer's input and one
-pre-activation per kept row and hidden unit, T x D + R x F numbers; gathered inputs and expert outputs are not kept (the
-idea of SonicMoE, arXiv 2512.14080): inputs are gathered again, and the gradient of a routing weight is the inner
-product of an expert's hidden activation with its gradient. So memory does not grow with granularity at fixed FLOPs.
+In the first three, gather, experts and combine are one autograd function. It keeps the layer's input and the
+pre-activations, T x D + R x F numbers. It keeps neither gathered inputs nor expert outputs (the idea of SonicMoE, arXiv
+2512.14080): the backward pass gathers the inputs again, and computes the gradient of a routing weight as the inner
+product of an expert's hidden units with their gradient. So memory does not grow with granularity at fixed FLOPs.
 """
 
 from __future__ import annotations
@@ -37,21 +34,20 @@ from ..plan import RoutingPlan
 from . import few_rows
 from .layouts import LAYOUTS, RowLayout, groupable, has_grouped_kernel
 
-# Moving one row in and out of an expert costs about as much as this many hidden units of computing (CPU, float32).
+# Gathering and combining one row takes as long as computing this many hidden units (CPU, float32).
 GATHER_UNITS = 42
-# What a GEMM costs on a CPU before its first row, in rows (reading the matrix), batched and by itself, and what a row
-# costs by itself when it costs 1 in a batch. Fitted on a CPU to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and
-# bfloat16; not measured on a GPU.
+# Costs on a CPU in rows of a batched GEMM: reading a matrix, in a batched GEMM and in one of its own, and a row of the
+# latter. Fitted to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and bfloat16; not measured on a GPU.
 BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
-# A block of rows that stays in one core's second-level cache through a few elementwise passes.
+# Size of a block of rows that stays in one core's second-level cache through a few elementwise passes.
 BLOCK_BYTES = 512 << 10
 
 
 class Experts(nn.Module):
     """E independent two-layer networks: expert e is ``activation(x @ w1[e] + b1[e]) @ w2[e] + b2[e]``.
 
-    State: ``w1`` (E, D, F), ``b1`` (E, F), ``w2`` (E, F, D), ``b2`` (E, D). Each expert has its own random start,
-    that of two ``nn.Linear`` layers.
+    State: ``w1`` (E, D, F), ``b1`` (E, F), ``w2`` (E, F, D), ``b2`` (E, D). Each expert is initialised by itself, as
+    two ``nn.Linear`` layers are.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -76,7 +72,7 @@ class Experts(nn.Module):
             "b2": (experts, width),
         }
 
-    # row counts depend on data: one graph break, no recompiles
+    # a graph break, because row counts depend on data and would recompile the graph
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
@@ -113,10 +109,10 @@ class Experts(nn.Module):
 
 
 def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str:
-    """Which of the four ways computes this plan; ``config.compute`` overrides the rules.
+    """Name of the way to compute this plan; ``config.compute`` overrides the rules.
 
-    Where torch has a grouped kernel only shapes are looked at. Elsewhere the counts of rows are, on CUDA a host
-    synchronisation, which torch's stand-in for the kernel would make as well.
+    Where torch has a grouped kernel the rules read only shapes. Elsewhere they read the counts of rows, which on a GPU
+    waits for the device; torch's loop in place of the kernel waits as well.
     """
     if config.compute == "grouped" and not groupable(config.embed_dim, config.expert_dim, dtype=dtype):
         raise ValueError(
@@ -147,7 +143,7 @@ def compute_dtype(x_TD: Tensor) -> torch.dtype:
 
 
 class _ExpertSum(torch.autograd.Function):
-    """Gather, experts, combine; see the module's docstring for what is kept."""
+    """Gather, experts, combine. The module's docstring says which tensors it keeps."""
 
     @staticmethod
     def forward(
@@ -180,7 +176,7 @@ class _ExpertSum(torch.autograd.Function):
         grad_RD = layout.gather(grad_TD.contiguous())
         grad_RF = layout.input_gradient(grad_RD, w2)
         hidden_RF, inner_R = _hidden_backward_(pre_RF, keep_RF, grad_RF, weight_R, activation)
-        # y = weight * (hidden @ w2 + b2): both parts pair with the same gradient row
+        # y = weight * (hidden @ w2 + b2), so the gradient of the weight has a part from each summand
         grad_weight_A = layout.collect(inner_R + layout.bias_inner(grad_RD, b2)).to(weight_A.dtype)
         grad_b2 = layout.bias_gradient(grad_RD, weight_R)
         grad_w2 = layout.weight_gradient(hidden_RF, grad_RD)
@@ -192,7 +188,7 @@ class _ExpertSum(torch.autograd.Function):
 
 
 def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, in_place: bool) -> Tensor:
-    """Hidden units from pre-activations; ``in_place`` when nobody needs the latter again."""
+    """Hidden units from pre-activations; ``in_place`` overwrites the latter."""
     hidden_RF = pre_RF if in_place else torch.empty_like(pre_RF)
     for rows in _row_blocks(pre_RF):
         hidden_RF[rows] = activation.forward(pre_RF[rows])
@@ -202,10 +198,10 @@ def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, i
 def _hidden_backward_(
     pre_RF: Tensor, keep_RF: Tensor | None, grad_RF: Tensor, weight_R: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Everything elementwise between the two linear maps, block by block while a block is in the cache.
+    """All elementwise work between the two linear maps, block by block so that a block stays in the cache.
 
     Args:
-        grad_RF: gradient of the unweighted expert output times w2; becomes the gradient of ``pre_RF``.
+        grad_RF: gradient of the hidden units before the routing weight; overwritten with the gradient of ``pre_RF``.
     Returns:
         the hidden units times their routing weight (for the gradient of w2), and (R,), float32 or wider: the inner
         product of hidden units and gradient (for the gradient of the routing weight).
@@ -221,13 +217,13 @@ def _hidden_backward_(
         torch.sum(hidden * grad, dim=-1, dtype=sum_dtype, out=inner_R[rows])
         torch.mul(hidden, weight_R1, out=hidden_RF[rows])
         if keep_RF is not None:
-            grad = grad * keep_RF[rows]  # after the inner product: dropout counts once in it
+            grad = grad * keep_RF[rows]  # after the inner product, in which hidden has the dropout already
         grad_RF[rows] = activation.backward(grad * weight_R1, pre_RF[rows])
     return hidden_RF, inner_R
 
 
 def _row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of the first axis small enough for the cache on a CPU; one slice elsewhere, where launches cost more."""
+    """Slices of the first axis: on a CPU small enough for the cache; on a GPU one, because each launch costs time."""
     step = max(1, BLOCK_BYTES // max(1, rows[:1].nbytes)) if host.on_cpu(rows) else max(1, rows.size(0))
     for start in range(0, rows.size(0), step):
         yield slice(start, start + step)

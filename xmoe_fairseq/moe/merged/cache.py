@@ -1,28 +1,47 @@
-"""Merged matrices that incremental decoding keeps: one set per sentence of the batch, shared by its beams.
-
-R rows of a decoding batch (sentences x beams); U sentences that are kept merged.
-"""
+"""Merged matrices that incremental decoding keeps: one set per sentence of the batch, shared by its beams."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..experts.stacked import Experts
+from .gate import GateChoice
+from .gemm import merge
 
-def distinct_rows(vector_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are bit for bit the same: the beams of one sentence.
+
+def merged_for_decoding(
+    experts: Experts, vector_RD: Tensor, choices: tuple[GateChoice, GateChoice], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The content of a cache: the sentence of each row, and the merged ``w1``, ``b1``, ``w2``, ``b2`` of each sentence.
+
+    Args:
+        vector_RD: input of the gates, equal for the beams of one sentence.
+    """
+    first_U, sentence_R = distinct_rows(vector_RD)
+    cache = {"sentence_R": sentence_R}
+    for number, choice in enumerate(choices, start=1):
+        gate_UK, expert_UK = choice.gate_BK[first_U], choice.expert_BK[first_U]
+        for name in (f"w{number}", f"b{number}"):
+            cache[name] = merge(getattr(experts, name), gate_UK, expert_UK).to(dtype)
+    return cache
+
+
+def distinct_rows(vector_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Group equal rows, the beams of one sentence.
 
     Returns:
-        int64 (U,): the first row of each kind; int64 (R,): the kind of each row.
+        int64 (U,): the first row of each sentence; int64 (R,): the sentence of each row.
     """
-    kinds, kind_R = torch.unique(vector_RC, dim=0, return_inverse=True)
-    row_R = torch.arange(kind_R.numel(), device=kind_R.device)
-    first_U = row_R.new_full((kinds.size(0),), kind_R.numel()).scatter_reduce(0, kind_R, row_R, "amin")
-    return first_U, kind_R
+    sentences, sentence_R = torch.unique(vector_RD, dim=0, return_inverse=True)
+    row_R = torch.arange(sentence_R.numel(), device=sentence_R.device)
+    first_U = row_R.new_full((sentences.size(0),), sentence_R.numel())
+    first_U = first_U.scatter_reduce(0, sentence_R, row_R, "amin")
+    return first_U, sentence_R
 
 
 def slots_by_sentence(sentence_R: Tensor, num_sentences: int) -> tuple[Tensor, int]:
-    """A place for each row among equal-sized groups, one per sentence, and the size of a group."""
+    """int64 (R,): a slot for each row in groups of equal size, one group per sentence; and the size of a group."""
     count_U = torch.bincount(sentence_R, minlength=num_sentences)
     largest = int(count_U.max())
     order_R = torch.argsort(sentence_R, stable=True)
@@ -33,7 +52,7 @@ def slots_by_sentence(sentence_R: Tensor, num_sentences: int) -> tuple[Tensor, i
 
 
 def reorder_cache(cache: dict[str, Tensor], new_order: Tensor) -> None:
-    """Follow a beam search: row r becomes the old row ``new_order[r]``; sentences that no row needs are forgotten."""
+    """Reorder as a beam search does: row r becomes old row ``new_order[r]``; sentences without rows are removed."""
     if not cache:
         return
     kept_U, sentence_R = torch.unique(cache["sentence_R"].index_select(0, new_order), return_inverse=True)

@@ -9,7 +9,7 @@ from .gate import choices_merged
 def merge_flops(config: MoEConfig) -> int:
     """FLOPs of merging both maps for one sentence: a product and a sum per number of each merged matrix."""
     chosen = choices_merged(config)
-    added = chosen if 2 * chosen < config.num_experts else config.num_experts  # as merge() computes
+    added = chosen if 2 * chosen < config.num_experts else config.num_experts  # merge() computes over all from half on
     return (2 * added - 1) * 2 * config.embed_dim * config.expert_dim
 
 

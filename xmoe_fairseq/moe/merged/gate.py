@@ -1,7 +1,4 @@
-"""The gates of merged experts: noisy top-k over one vector per sentence.
-
-B sentences; C width of the gate's input; K experts merged.
-"""
+"""The gates of merged experts: noisy top-k over one vector per sentence."""
 
 from __future__ import annotations
 
@@ -13,15 +10,15 @@ from torch import Tensor, nn
 from ..config import MoEConfig
 from ..ordering import sort_descending
 
-# Added to the learned standard deviation of the gate's noise, as in the released code.
+# Added to the learned standard deviation of the gate's noise, as in the official code.
 
 NOISE_FLOOR = 1e-2
 
 
 class SentenceGate(nn.Module):
-    """Noisy top-k over one vector per sentence. State: ``weight`` and ``noise_weight`` (E, D), zero at the start.
+    """Noisy top-k over one vector per sentence. State: ``weight`` and ``noise_weight`` (E, D), initialised to 0.
 
-    Source: Shazeer et al., arXiv 1701.06538, as used by MEO's released code.
+    Source: Shazeer et al., arXiv 1701.06538, as in MEO's official code.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -30,15 +27,15 @@ class SentenceGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.embed_dim))
         self.noise_weight = nn.Parameter(torch.zeros(config.num_experts, config.embed_dim))
 
-    def forward(self, vector_BC: Tensor) -> GateChoice:
-        """``vector_BC``: float32; noise is added in training only."""
-        with torch.autocast(vector_BC.device.type, enabled=False):
-            clean_BE = vector_BC @ self.weight.float().t()
+    def forward(self, vector_BD: Tensor) -> GateChoice:
+        """``vector_BD``: float32; noise is added in training only."""
+        with torch.autocast(vector_BD.device.type, enabled=False):
+            clean_BE = vector_BD @ self.weight.float().t()
             noisy_BE, scale_BE = clean_BE, None
             if self.training:
-                scale_BE = nn.functional.softplus(vector_BC @ self.noise_weight.float().t()) + NOISE_FLOOR
+                scale_BE = nn.functional.softplus(vector_BD @ self.noise_weight.float().t()) + NOISE_FLOOR
                 noisy_BE = clean_BE + torch.randn_like(clean_BE) * scale_BE
-            # sort_descending wants numbers >= 0; ties go to the lower expert
+            # sort_descending takes numbers >= 0; of equal ones the lower expert comes first
             order_BE = sort_descending(noisy_BE.detach() - noisy_BE.detach().amin(dim=-1, keepdim=True))[1]
             expert_BK = order_BE[:, : self.top_k]
             gate_BK = noisy_BE.gather(1, expert_BK).softmax(dim=-1)
@@ -49,11 +46,11 @@ class SentenceGate(nn.Module):
     def _load(
         self, clean_BE: Tensor, noisy_BE: Tensor, scale_BE: Tensor | None, order_BE: Tensor, expert_BK: Tensor
     ) -> Tensor:
-        """Whether an expert is chosen; in training the probability that it would be with other noise for itself."""
+        """1 for a chosen expert, else 0; in training the probability of being chosen over redraws of its own noise."""
         chosen_BE = torch.zeros_like(clean_BE).scatter(1, expert_BK, 1.0)
         if scale_BE is None or self.top_k >= clean_BE.size(-1):
             return chosen_BE
-        # the value to beat: that of the k-th expert for those outside, of the next one for those inside
+        # an unchosen expert has to beat the k-th value, a chosen one the value after it
         kth_B1, next_B1 = noisy_BE.gather(1, order_BE[:, self.top_k - 1 : self.top_k + 1]).split(1, dim=1)
         to_beat_BE = torch.where(chosen_BE.bool(), next_B1, kth_B1)
         load_BE: Tensor = torch.special.ndtr((clean_BE - to_beat_BE) / scale_BE)
@@ -62,13 +59,13 @@ class SentenceGate(nn.Module):
 
 @dataclass(frozen=True)
 class GateChoice:
-    """What one gate decided.
+    """The decision of one gate.
 
     Attributes:
         expert_BK: int64, K different experts, likeliest first.
         gate_BK: float32 with gradient, rows sum to 1: a softmax over the K chosen logits.
-        weight_BE: float32: the same, spread over all experts.
-        load_BE: float32, 1 or the smooth probability of being chosen.
+        weight_BE: float32: the same over all experts, 0 where not chosen.
+        load_BE: float32: 1 and 0, or in training the probability of being chosen.
     """
 
     expert_BK: Tensor
@@ -85,7 +82,7 @@ class GateChoice:
 
 
 def masked_mean(x_TBD: Tensor, real_TB: Tensor | None) -> Tensor:
-    """float32 (B, D): mean over the positions that are not padding; 0 where there are none."""
+    """float32 (B, D): mean over the positions that are not padding; 0 for a sentence without any."""
     x_TBD = x_TBD.float()
     if real_TB is None:
         return x_TBD.mean(dim=0)

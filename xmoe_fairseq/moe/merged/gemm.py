@@ -1,9 +1,7 @@
 """Merging matrices, and multiplying each sentence with its own merged matrix.
 
-B sentences; I, O widths of one map; M sentences of one chunk; X numbers of one expert's matrix or bias.
-
-Every sentence has matrices of its own, 2 x D x F numbers. They are made for a chunk of at most ``CHUNK_NUMBERS``
-numbers at a time and made again in the backward pass, never kept: an update holds one chunk and its gradient, however
+The merged matrices of a sentence are 2 x D x F numbers. They are computed for a chunk of at most ``CHUNK_NUMBERS``
+numbers at a time and computed again in the backward pass, so that an update holds one chunk and its gradient, however
 many sentences it has.
 """
 
@@ -17,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .gate import GateChoice
 
-# Numbers of merged matrices that exist at one time, per bank: 64 MiB in float32, 32 sentences of 512 x 1024.
+# Largest count of merged numbers that exist at one time, per bank: 64 MiB in float32, 32 sentences of 512 x 1024.
 
 CHUNK_NUMBERS = 2**24
 
@@ -29,7 +27,7 @@ def merged_linear(x_BTI: Tensor, choice: GateChoice, weight_EIO: Tensor, bias_EO
 
 
 class _MergedLinear(torch.autograd.Function):
-    """``x[b] @ merged[b] + merged_bias[b]``; merged matrices live chunk by chunk, in both passes."""
+    """``x[b] @ merged[b] + merged_bias[b]``; both passes merge chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -68,7 +66,7 @@ class _MergedLinear(torch.autograd.Function):
 def merge(bank: Tensor, gate_BK: Tensor, expert_BK: Tensor) -> Tensor:
     """Gated sum of the chosen experts' tensors: (E, ...) -> (B, ...), in the dtype of ``bank``.
 
-    Few of many are looked up; from half of them on one GEMM over all is cheaper.
+    A lookup sums the chosen ones; if they are half of all or more, one GEMM over all is cheaper.
     """
     flat_EX = bank.flatten(1)
     if 2 * expert_BK.size(1) < flat_EX.size(0):

@@ -1,12 +1,4 @@
-"""MEO: merge the chosen experts' matrices, once per sentence, and compute once (arXiv 2310.09832).
-
-An expert is one linear map, so a feed-forward network has two banks of E maps, each with its own gate; since the maps
-are linear, the merged map gives exactly the gated sum of the experts' outputs. (Merging whole networks would not: the
-activation stands between.) What differs from the released code, and why, is in docs/methods.md.
-
-Axis letters: T positions, B sentences, padding included; D model width; F hidden units; E experts; K experts merged;
-C width of a gate's input; R rows of a decoding batch (sentences x beams); U sentences that are kept merged.
-"""
+"""The layer of merged experts."""
 
 from __future__ import annotations
 
@@ -23,10 +15,10 @@ from ..layer import MoELayer
 from ..plan import Choices, RoutingPlan
 from ..registry import register_layer
 from ..routers.router import real_choices
-from .cache import distinct_rows, slots_by_sentence
+from .cache import merged_for_decoding, slots_by_sentence
 from .flops import merge_flops
 from .gate import GateChoice, SentenceGate, choices_merged, masked_mean
-from .gemm import merge, merged_linear
+from .gemm import merged_linear
 
 
 @register_layer("merged")
@@ -35,18 +27,19 @@ class MergedMoELayer(MoELayer):
 
     ``MoELayer(config)`` and ``build_layer(config)`` build it for a configuration that merges.
 
-    The gates see one vector per sentence: without ``context`` the mean of the layer's input over real positions, which
-    suits an encoder and would show a decoder its future; a decoder passes a ``SentenceContext``.
+    The input of the gates is one vector per sentence. Without ``context`` it is the mean of the layer's input over the
+    positions that are not padding. In a decoder that would depend on later tokens, so a decoder passes a
+    ``SentenceContext``.
 
-    The plan names, for each real token, the experts that its sentence merges in the first map, with their gates as
-    weights; its ``row_cost`` is such that the pairs add up to the real cost: one expert per token, and the merging.
+    The plan has a pair for each real token and each expert that its sentence merges in the first map, weighted with the
+    gate. Its ``row_cost`` is chosen so that the sum over pairs is the cost of one expert per token and of the merging.
 
     State: ``experts.{w1,b1,w2,b2}`` as in experts/stacked.py; ``gate1`` and ``gate2``: ``weight`` and ``noise_weight``
     (E, D); with ``token_adapter`` ``adapter1.{down,up}`` and ``adapter2.{down,up}``.
     """
 
     own_defaults = {"router": "top_k", "capacity_factor": None}  # noqa: RUF012
-    # the gates of merged experts always sum to 1 and have a learned noise of their own
+    # the gates of merged experts sum to 1, and SentenceGate adds its own noise
     unused = (
         *("normalize_weights", "input_jitter", "router_noise", "z_loss_weight", "shared_expert_dim"),
         *("weights", "compute"),
@@ -56,7 +49,7 @@ class MergedMoELayer(MoELayer):
     def check(cls, config: MoEConfig) -> None:
         if config.expert_parallel:
             raise ValueError(
-                "moe_merge_experts merges whole matrices, which would all have to travel: leave moe_expert_parallel out"
+                "moe_merge_experts needs all experts' matrices on every rank: leave moe_expert_parallel out"
             )
         if config.router != "top_k":
             raise ValueError(
@@ -68,7 +61,7 @@ class MergedMoELayer(MoELayer):
             )
         if config.capacity_factor is not None or config.eval_capacity_factor is not None:
             raise ValueError(
-                f"moe_merge_experts serves every token: moe_capacity_factor ({config.capacity_factor}) and "
+                f"moe_merge_experts drops no token: moe_capacity_factor ({config.capacity_factor}) and "
                 f"moe_eval_capacity_factor ({config.eval_capacity_factor}) must be None (on the command line: none)"
             )
         config.refuse(cls.unused, "with moe_merge_experts")
@@ -96,11 +89,11 @@ class MergedMoELayer(MoELayer):
         token_ids: Tensor | None = None,
         context: SentenceContext | None = None,
     ) -> tuple[Tensor, RoutingPlan]:
-        """Merge for each sentence, compute each token once.
+        """Merge the experts of each sentence and compute each token with its sentence's merged expert.
 
         Args:
             x: floating point (T, B, D), time first as in fairseq, or (T, D) for one sentence.
-            padding: bool (T, B) or (T,), True at padding: not seen by the gates, not counted; output 0.
+            padding: bool (T, B) or (T,), True at padding, which gates and counts ignore; the output there is 0.
             token_ids: not used.
             context: required in a decoder.
         Returns:
@@ -108,44 +101,47 @@ class MergedMoELayer(MoELayer):
         Raises:
             ValueError: shapes that do not fit.
         """
-        if x.dim() not in (2, 3):
-            raise ValueError(
-                f"merged experts need whole sentences: x must be (T, B, D) or (T, D), got {tuple(x.shape)}"
-            )
-        self._flatten(x, padding, None)  # refuses shapes that do not fit
-        if x.dim() == 2:
-            x_TBD, real_TB = x.unsqueeze(1), None if padding is None else ~padding.bool().unsqueeze(1)
-        else:
-            x_TBD, real_TB = x, None if padding is None else ~padding.bool()
-        if real_TB is not None:
-            x_TBD = x_TBD.masked_fill(~real_TB.unsqueeze(-1), 0.0)  # what padding holds must not matter, NaN included
-        vector_BC = self._gate_input(x_TBD, real_TB, context)
-        choice1, choice2 = self.gate1(vector_BC), self.gate2(vector_BC)
+        x_TBD, real_TB = self._sentences(x, padding)
+        vector_BD = self._gate_input(x_TBD, real_TB, context)
+        choice1, choice2 = self.gate1(vector_BD), self.gate2(vector_BD)
         cache = None if context is None else context.cache
         merges = 0 if cache else x_TBD.size(1)
         x_BTD = x_TBD.transpose(0, 1)
         if cache is None:
             y_BTD = self._compute(x_BTD, choice1, choice2)
         else:
-            y_BTD = self._compute_cached(x_BTD, vector_BC, choice1, choice2, cache)
+            y_BTD = self._compute_cached(x_BTD, vector_BD, choice1, choice2, cache)
         y_TBD = y_BTD.transpose(0, 1).to(x.dtype)
         if real_TB is not None:
             y_TBD = y_TBD.masked_fill(~real_TB.unsqueeze(-1), 0.0)
         return y_TBD.reshape(x.shape), self._plan(x_TBD, real_TB, choice1, choice2, merges)
 
+    def _sentences(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``x`` as (T, B, D) with 0 at padding, and where it is not padding."""
+        if x.dim() not in (2, 3):
+            raise ValueError(
+                f"merged experts need whole sentences: x must be (T, B, D) or (T, D), got {tuple(x.shape)}"
+            )
+        self._flatten(x, padding, None)  # refuses shapes that do not fit
+        real_TB = None if padding is None else ~padding.bool()
+        if x.dim() == 2:
+            x, real_TB = x.unsqueeze(1), None if real_TB is None else real_TB.unsqueeze(1)
+        # 0 instead of the values at padding, which may be NaN
+        return x if real_TB is None else x.masked_fill(~real_TB.unsqueeze(-1), 0.0), real_TB
+
     def _gate_input(self, x_TBD: Tensor, real_TB: Tensor | None, context: SentenceContext | None) -> Tensor:
         if context is None:
             return masked_mean(x_TBD, real_TB)
-        vector_BC = context.vector_BC
-        if vector_BC.shape != x_TBD.shape[1:]:
+        vector_BD = context.vector_BD
+        if vector_BD.shape != x_TBD.shape[1:]:
             raise ValueError(
-                f"context holds {tuple(vector_BC.shape)}, x needs {tuple(x_TBD.shape[1:])}: one vector per sentence, "
+                f"context holds {tuple(vector_BD.shape)}, x needs {tuple(x_TBD.shape[1:])}: one vector per sentence, "
                 "of the decoder's width; merged experts need --encoder-embed-dim equal to --decoder-embed-dim"
             )
-        return vector_BC.float()
+        return vector_BD.float()
 
     def _compute(self, x_BTD: Tensor, choice1: GateChoice, choice2: GateChoice) -> Tensor:
-        """Both maps with the matrices made chunk by chunk."""
+        """Both maps; merged matrices exist for one chunk of sentences at a time."""
         experts, dtype = self.experts, compute_dtype(x_BTD)
         x_BTD = self._adapt(self.adapter1, x_BTD).to(dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -166,22 +162,15 @@ class MergedMoELayer(MoELayer):
     def _compute_cached(
         self,
         x_RTD: Tensor,
-        vector_RC: Tensor,
+        vector_RD: Tensor,
         choice1: GateChoice,
         choice2: GateChoice,
         cache: dict[str, Tensor],
     ) -> Tensor:
-        """Rows of one sentence (its beams) share matrices that the first step made."""
+        """Both maps with matrices merged in the first decoding step; the beams of a sentence share them."""
         dtype = compute_dtype(x_RTD)
         if not cache:
-            first_U, cache["sentence_R"] = distinct_rows(vector_RC)
-            for number, choice, weight, bias in (
-                (1, choice1, self.experts.w1, self.experts.b1),
-                (2, choice2, self.experts.w2, self.experts.b2),
-            ):
-                gate_UK, expert_UK = choice.gate_BK[first_U], choice.expert_BK[first_U]
-                cache[f"w{number}"] = merge(weight, gate_UK, expert_UK).to(dtype)
-                cache[f"b{number}"] = merge(bias, gate_UK, expert_UK).to(dtype)
+            cache.update(merged_for_decoding(self.experts, vector_RD, (choice1, choice2), dtype))
         slot_R, beams = slots_by_sentence(cache["sentence_R"], cache["w1"].size(0))
         shared = x_RTD.new_zeros(cache["w1"].size(0) * beams, *x_RTD.shape[1:]).index_copy(0, slot_R, x_RTD)
         x_UND = self._adapt(self.adapter1, shared.view(cache["w1"].size(0), -1, x_RTD.size(-1))).to(dtype)
@@ -227,7 +216,7 @@ class MergedMoELayer(MoELayer):
 
 
 class TokenAdapter(nn.Module):
-    """MEO's "token level": x + up(relu(down(x))) with width / 64 units between; the identity at the start."""
+    """MEO's "token level": x + up(relu(down(x))) with width / 64 hidden units; initialised as the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -237,6 +226,6 @@ class TokenAdapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What to add to ``x``."""
+        """The summand beside ``x``."""
         y: Tensor = self.up(torch.relu(self.down(x)))
         return y
