@@ -160,49 +160,23 @@ def bounded_number(minimum: float, maximum: float) -> Callable[[str], float]:
 
 
 def _add_rule_settings(add: Callable[..., Any]) -> None:
-    add(
-        "--skip",
-        nargs="+",
-        default=[],
-        choices=[r for r in RULES if r not in ALWAYS],
-        help="rules to leave out",
-    )
+    can_be_left_out = [rule for rule in RULES if rule not in ALWAYS]
+    add("--skip", nargs="+", default=[], choices=can_be_left_out, help="rules to leave out")
     add("--min-words", type=at_least(1), default=1, help="default 1; not counted for ja, th, zh")
     add("--max-words", type=at_least(1), default=200, help="default 200; not counted for ja, th, zh")
     add("--max-chars", type=at_least(1), default=1000, help="default 1000")
     ratio_help = "longest allowed ratio of expected lengths (default 3)"
     add("--max-ratio", type=bounded_number(1, 1000), default=3.0, help=ratio_help)
-    add(
-        "--min-script",
-        type=bounded_number(0, 1),
-        default=0.5,
-        help="share of letters in the script (default 0.5)",
-    )
-    add(
-        "--script",
-        type=script_name,
-        action="append",
-        default=[],
-        help="script of a language: LANGUAGE=Script",
-    )
-    add(
-        "--language-id",
-        choices=("none", "py3langid"),
-        default="none",
-        help="default none; see docs/data.md",
-    )
+    script_help = "share of letters in the script (default 0.5)"
+    add("--min-script", type=bounded_number(0, 1), default=0.5, help=script_help)
+    add("--script", type=script_name, action="append", default=[], help="script of a language: LANGUAGE=Script")
+    add("--language-id", choices=("none", "py3langid"), default="none", help="default none; see docs/data.md")
     sure_help = "how sure identification must be of another language to drop (default 0.8)"
     add("--min-confidence", type=bounded_number(0, 1), default=0.8, help=sure_help)
     duplicate_choices = ("pair", "source", "target", "either", "none")
     add("--duplicates", choices=duplicate_choices, default="pair", help="what may not repeat (default pair)")
-    add(
-        "--exclude",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="PREFIX",
-        help="held-out texts, such as the test sets",
-    )
+    held_out = "held-out texts, such as the test sets"
+    add("--exclude", nargs="+", default=[], type=Path, metavar="PREFIX", help=held_out)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

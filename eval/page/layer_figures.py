@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from eval.page.chart import Figure, choosable, figure_of, heatmap, line, number_text
 from eval.run.record import Run
@@ -40,19 +41,24 @@ def load_heatmap(run: Run) -> Figure:
         [trace], "expert", "",
     )  # fmt: skip
     figure.layout["xaxis"]["type"] = figure.layout["yaxis"]["type"] = "category"
+    figure.headers, figure.rows = _load_table(layers)
+    return figure
+
+
+def _load_table(layers: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     shown = {
         "used": "used per token",
         "load_cv_total": "load variation",
         "entropy": "entropy (nats)",
         "unserved": "unserved",
     }
-    figure.headers = ["layer", "experts", *shown.values(), "dead", "nearly idle"]
-    figure.rows = [
+    headers = ["layer", "experts", *shown.values(), "dead", "nearly idle"]
+    rows = [
         [label, str(layer["num_experts"]), *(number_text(layer[name]) for name in shown),
          _list_of(layer["dead_experts"]), _list_of(layer["nearly_idle_experts"])]
         for label, layer in layers.items()
     ]  # fmt: skip
-    return figure
+    return headers, rows
 
 
 def experts_histogram(run: Run) -> Figure:
