@@ -3,28 +3,30 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 Usage: data_prep/binarise.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --subwords DIR --out DIR
-                             [--workers N] [--dry-run]
+                             [--max-positions N] [--workers N] [--dry-run]
 
 Encodes clean text PREFIX.SRC and PREFIX.TGT with the subwords of `xmoe prepare subwords learn` and turns it
 into fairseq's binary format: fairseq-train, fairseq-hydra-train and fairseq-generate read DIR. Both languages share
 a dictionary if the subwords are joint, else each has its own. The encoded text stays in DIR/encoded, line counts and
 checksums in DIR/encoded.tsv and DIR/binary.tsv.
 
-  --workers N  threads of encoding and processes of fairseq-preprocess (default: the number of cores)
-  --dry-run    print the commands, ready to be copied, and run nothing
+  --max-positions N  cut longer lines of the test set, which would stop fairseq-generate (default: 1024, fairseq's models)
+  --workers N        threads of encoding and processes of fairseq-preprocess (default: the number of cores)
+  --dry-run          print the commands, ready to be copied, and run nothing
 Needs the environment of scripts/setup.sh, or fairseq's commands in PATH. Exit: 0 done, 1 failed, 2 bad arguments.
 TEXT
 }
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../scripts/lib.sh"
 
-pair='' train='' valid='' test='' subwords='' out='' workers=$(num_cores)
-flags=(pair train valid test subwords out workers)
+pair='' train='' valid='' test='' subwords='' out='' max_positions=1024 workers=$(num_cores)
+flags=(pair train valid test subwords out max-positions workers)
 switches=(dry-run)
 read_flags "$@"
 need_pair "$pair"
 for name in train valid test subwords out; do [[ -n ${!name} ]] || die "--$name is needed; see --help" 2; done
 need_whole_number --workers "$workers" 1
+need_whole_number --max-positions "$max_positions" 2
 languages=("${pair%-*}" "${pair#*-}")
 for name in train valid test subwords out; do printf -v "$name" '%s' "$(absolute "${!name}")"; done
 
@@ -40,12 +42,15 @@ check_inputs() {
 }
 
 encode() {
-    local split language
+    local split language command
     run mkdir -p "$out/encoded"
     for split in train valid test; do
         for language in "${languages[@]}"; do
-            run python -m data_prep.subwords encode --subwords "$subwords" --language "$language" --workers "$workers" \
-                --input "${!split}.$language" --out "$out/encoded/$split.$language"
+            command=(python -m data_prep.subwords encode --subwords "$subwords" --language "$language" --workers "$workers"
+                --input "${!split}.$language" --out "$out/encoded/$split.$language")
+            # one position is for the end mark
+            [[ $split != test ]] || command+=(--max-length $((max_positions - 1)))
+            run "${command[@]}"
         done
     done
     run bash "$root/data_prep/checksums.sh" --out "$out/encoded.tsv" \

@@ -30,5 +30,4 @@ def main() -> int:
     return 1 if unknown else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())  # no module of the project: nothing imports it

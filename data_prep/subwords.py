@@ -266,6 +266,25 @@ def transform(code: Callable[[Sequence[str]], list[str]], source: BinaryIO, sink
     return done
 
 
+class Cutter:
+    """Encodes as ``code`` does and keeps the first ``max_length`` subwords of a line; counts lines and cuts."""
+
+    def __init__(self, code: Callable[[Sequence[str]], list[str]], max_length: int) -> None:
+        self._code, self.max_length = code, max_length
+        self.lines = self.longest = self.cut = 0
+
+    def __call__(self, lines: Sequence[str]) -> list[str]:
+        encoded = [line.split(" ") for line in self._code(lines)]
+        self.lines += len(encoded)
+        self.longest = max([self.longest, *map(len, encoded)])
+        self.cut += sum(len(pieces) > self.max_length for pieces in encoded)
+        return [" ".join(pieces[: self.max_length]) for pieces in encoded]
+
+    def report(self) -> dict[str, int]:
+        """What it did, in subwords."""
+        return {"lines": self.lines, "longest": self.longest, "max_length": self.max_length, "cut": self.cut}
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("prepare subwords", f"{__doc__.splitlines()[0]} Exit: 0 done, 1 failed, 2 bad arguments.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -275,6 +294,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         _add_model(sub)
         sub.flag("--input", type=Path, help="default: standard input")
         sub.flag("--workers", old="--threads", type=at_least(1), default=1, help="threads")
+        sub.set_defaults(max_length=None, report=None)
+        if command == "encode":
+            cut_help = "keep the first N subwords of a line, for lines that no model takes"
+            sub.add_argument("--max-length", type=at_least(1), metavar="N", help=cut_help)
+            sub.add_argument("--report", type=Path, metavar="FILE", help="with --max-length: lines and cuts, as JSON")
     _add_model(commands.add_parser("dict", help="write the dictionary for fairseq-preprocess --srcdict and --tgtdict"))
     return parser.parse_args(argv)
 
@@ -352,6 +376,7 @@ def run_code(args: argparse.Namespace) -> int:
     """encode or decode."""
     coder = Coder(args.subwords, args.language, threads=args.workers)
     code = coder.encode if args.command == "encode" else coder.decode
+    cutter = Cutter(code, args.max_length) if args.max_length else None
     with ExitStack() as stack:
         source, name = sys.stdin.buffer, "standard input"
         if args.input is not None:
@@ -359,7 +384,15 @@ def run_code(args: argparse.Namespace) -> int:
         sink = sys.stdout.buffer
         if args.out is not None:
             (sink,) = stack.enter_context(open_aside([args.out]))
-        transform(code, source, sink, name)
+        transform(cutter or code, source, sink, name)
+        if cutter and args.report:
+            (report,) = stack.enter_context(open_aside([args.report]))
+            report.write((json.dumps(cutter.report(), indent=2) + "\n").encode())
+    if cutter and cutter.cut:
+        print(
+            f"subwords: {cutter.cut} of {cutter.lines} lines cut to {cutter.max_length} subwords: {name}",
+            file=sys.stderr,
+        )
     return 0
 
 

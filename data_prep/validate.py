@@ -239,7 +239,7 @@ def _tell_overlaps(args: argparse.Namespace) -> bool:
     """Print and write what `overlaps` finds. Returns: whether it is little enough."""
     found = overlaps(args.prefixes, args.held_out, *args.pair)
     if args.json:
-        content = [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()]
+        content = {"held_out": [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()]}
         with open_aside([Path(args.json)]) as (file,):
             file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     few = True

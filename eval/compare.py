@@ -4,7 +4,7 @@ xmoe compare --references REF --systems NAME=FILE NAME=FILE ... --method bootstr
 
 The first system is the baseline; each other one is tested against it. A p-value below 0.05 says that
 the two systems differ, not which is better; with many systems expect one in twenty to fall below by chance.
-For a system with the very text of the baseline sacreBLEU gives the smallest p-value; a warning says so.
+A system with the very text of the baseline has p = 1 (sacreBLEU itself gives the smallest p-value there).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def compare_systems(
     Returns:
         ``{"method", "trials", "baseline", "signatures": {metric: str}, "systems": [...]}``, each system being
         ``{"name", "same_text_as_baseline", "scores": {metric: {"score", "mean", "ci95", "p_value"}}}``;
-        floats unrounded, p_value None for the baseline.
+        floats unrounded, p_value None for the baseline and 1 for its very text.
     Raises: ValueError for fewer than two systems, equal names, unequal lengths, empty systems, a bad option.
     """
     if method not in METHODS:
@@ -68,7 +68,7 @@ def compare_systems(
         raise ValueError(f"trials ({trials}) must be 0 or more and processes ({processes}) 1 or more")
     _check_seed(seed)
     _check_systems(systems, references)
-    baseline = list(systems[0][1])
+    same = [index > 0 and list(lines) == list(systems[0][1]) for index, (_, lines) in enumerate(systems)]
     built = metrics.build_metrics(names, target_language, references)
     with metrics.sacrebleu_seed(seed):
         test = PairedTest(
@@ -89,10 +89,10 @@ def compare_systems(
         "systems": [
             {
                 "name": name,
-                "same_text_as_baseline": index > 0 and list(lines) == baseline,
-                "scores": {metric: _figures(results[metric][index]) for metric in signatures},
+                "same_text_as_baseline": same[index],
+                "scores": {metric: _figures(results[metric][index], same[index]) for metric in signatures},
             }
-            for index, (name, lines) in enumerate(systems)
+            for index, (name, _) in enumerate(systems)
         ],
     }
 
@@ -109,8 +109,10 @@ def _check_systems(systems: Sequence[tuple[str, Sequence[str]]], references: Seq
     metrics.check_parallel(named | {f"reference {n}": list(ref) for n, ref in enumerate(references, start=1)})
 
 
-def _figures(result: Any) -> dict[str, float | None]:
-    figures = {"score": result.score, "mean": result.mean, "ci95": result.ci, "p_value": result.p_value}
+def _figures(result: Any, is_same_text: bool) -> dict[str, float | None]:
+    """Of one system and metric. sacreBLEU counts resamples whose difference is above the one observed: never for 0."""
+    p_value = 1.0 if is_same_text else result.p_value
+    figures = {"score": result.score, "mean": result.mean, "ci95": result.ci, "p_value": p_value}
     return {name: None if value is None else float(value) for name, value in figures.items()}
 
 
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for system in report["systems"]:
         if system["same_text_as_baseline"]:
             name = system["name"]
-            print(f"compare: warning: {name} is the baseline's text; ignore its p-values", file=sys.stderr)
+            print(f"compare: warning: {name} is the baseline's very text", file=sys.stderr)
     print(format_table(report))
     return 0
 

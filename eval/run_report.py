@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from eval.run.evidence import at_length_limit, cost_line, data_figures, evidence_rows, inference_figures, routing_of
 from eval.run.flops import flops_per_token
 from eval.run.training_log import LAYER_FIGURE, Record, last_figures, layer_order, read_records
+from eval.run.training_settings import changes
 from eval.score import format_table
 from eval.text import files
 from xmoe_fairseq.checkpoints.structure import count_parameters
@@ -23,6 +25,12 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, reports_err
 
 _SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
 _PACKAGES = ("torch", "fairseq-fixed", "fairseq", "sacrebleu", "sentencepiece", "subword-nmt")
+_ROUTED = {
+    "test": "Of the checkpoint that translated, on the test set (teacher forcing), with the settings of the "
+    "translation; report.html shows the same.",
+    "valid": "Of the last validation in the training log: the checkpoint of then, on the validation set.",
+    "train": "Of the last epoch in the training log: the model of then, on the training text, with capacity.",
+}
 _WHAT = {
     "wanted": "experts a token asked for",
     "used": "experts a token got",
@@ -91,13 +99,14 @@ def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
 
 
 def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The full configuration that fairseq kept in a checkpoint, its number of parameters and FLOPs per token."""
+    """The full configuration that fairseq kept in a checkpoint, its parameters, FLOPs per token, and what was averaged."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     config = _plain(state["cfg"])
     return {
         "config": config,
         "num_parameters": count_parameters(state["model"])["total"],
         "flops_per_token": flops_per_token(state["model"], config["model"]),
+        "averaged_from": (state.get("extra_state") or {}).get("averaged_from"),
     }
 
 
@@ -148,6 +157,17 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     score = files.read_json(args.score)
     commit = Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
     training = training_figures(read_records(args.training_log))
+    training["changes"] = changes(Path(args.checkpoint).parent)
+    resolved = resolved_config(args.checkpoint)
+    evidence: dict[str, Any] = {}
+    if args.data:
+        names = ("lengths", "overlap", "corpora", "cut")
+        evidence["data"] = data_figures(args.data, args.pair, **{name: getattr(args, name) for name in names})
+    routing = training.pop("routing")
+    if args.analysis:
+        analysis = files.read_json(args.analysis)
+        evidence["inference"] = inference_figures(analysis) | {"model_overrides": args.model_overrides}
+        routing["test"] = routing_of(analysis, _WHAT)
     return {
         "pair": args.pair,
         "seed": args.seed,
@@ -159,13 +179,25 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "hypotheses": score["hypotheses"],
         "references": score["references"],
         "source": args.source,
-        "routing": training.pop("routing"),
+        "routing": routing,
         "training": training,
-        "generation": generation_speed(args.generation_log),
+        "generation": generation_speed(args.generation_log) | _length_limit(args, resolved["config"]),
         "calibrated": calibrated_figures(args.calibrated),
         "versions": versions(),
-        **resolved_config(args.checkpoint),
+        **evidence,
+        **resolved,
     }
+
+
+def _length_limit(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """How many translations reached the most tokens allowed, in all of fairseq-generate's output given."""
+    most = {"max_len_a": args.max_len_a, "max_len_b": args.max_len_b}
+    positions = config.get("model", {}).get("max_target_positions") or 1024
+    reached = 0
+    for path in args.generation_log:
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            reached += at_length_limit(lines, **most, positions=positions)
+    return most | {"at_length_limit": reached}
 
 
 def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
@@ -180,16 +212,20 @@ def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
 
 
 def routing_table(report: dict[str, Any]) -> str:
-    """Markdown table of the routing per layer, from the last validation, or else the last training epoch."""
-    routing = report["routing"]["valid"] if report["routing"]["valid"]["layers"] else report["routing"]["train"]
-    if not routing["layers"]:
+    """Markdown table of the routing per layer, saying of which checkpoint and which text.
+
+    That of the analysis, which report.html shows too; without one, that of the training log.
+    """
+    routing = report["routing"]
+    name = next((name for name in ("test", "valid") if routing.get(name, {}).get("layers")), "train")
+    if not routing[name]["layers"]:
         return "No MoE layer: every token goes through one dense feed-forward network."
-    rows = {**routing["layers"], "all layers": routing["overall"]}
-    names = [name for name in _WHAT if any(name in figures for figures in rows.values())]
-    body = [[layer, *(_cell(figures.get(name)) for name in names)] for layer, figures in rows.items()]
+    rows = {**routing[name]["layers"], "all layers": routing[name]["overall"]}
+    names = [figure for figure in _WHAT if any(figure in figures for figures in rows.values())]
+    body = [[layer, *(_cell(figures.get(figure)) for figure in names)] for layer, figures in rows.items()]
     table = tabulate(body, ["layer", *names], tablefmt="github", disable_numparse=True)
-    legend = "; ".join(f"{name}: {_WHAT[name]}" for name in names)
-    return f"{table}\n\n{legend}."
+    legend = "; ".join(f"{figure}: {_WHAT[figure]}" for figure in names)
+    return f"{_ROUTED[name]}\n\n{table}\n\n{legend}."
 
 
 def price_table(report: dict[str, Any]) -> str:
@@ -227,8 +263,8 @@ def summary(report: dict[str, Any], num_samples: int) -> str:
         f"source       {source}\nreference    {reference}\ntranslation  {hypothesis}"
         for source, reference, hypothesis in samples(report, num_samples)
     ]
-    parts = ["## Scores", format_table(report), "## Translations", "```", "\n\n".join(shown), "```"]
-    return "\n\n".join([*parts, "## Routing", routing_table(report)]) + "\n"
+    parts = ["## Scores", format_table(report), cost_line(report), "## Translations", "```", "\n\n".join(shown), "```"]
+    return "\n\n".join([*filter(None, parts), "## Routing", routing_table(report)]) + "\n"
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -246,6 +282,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "validation loss": f"{_cell(training['valid_loss'])} (best {_cell(training['best_valid_loss'])})",
         "translation speed": f"{_cell(generation['tokens_per_second'])} target tokens/s",
         "translations": report["hypotheses"]["path"],
+        **evidence_rows(report),
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
     }
     table = tabulate(facts.items(), ["", "value"], tablefmt="github", disable_numparse=True)
@@ -279,6 +316,15 @@ def _parser() -> CommandParser:
         help="output of xmoe calibrate --report, scored beside it",
     )
     add("--commit-file", required=True, metavar="FILE", help="file that names the commit; may be absent")
+    add("--analysis", metavar="JSON", help="output of xmoe analyse: the routing table, and what inference costs")
+    flag("--model-overrides", default="{}", help="those of the translation; kept in the report")
+    flag("--data", help="binary data of the training: its number of pairs")
+    add("--lengths", metavar="JSON", help="output of data_prep.lengths; may be absent, like the next three")
+    add("--overlap", metavar="JSON", help="output of data_prep.validate --held-out")
+    add("--cut", metavar="JSON", help="report of data_prep.subwords encode --max-length on the test set's source")
+    add("--corpora", metavar="TSV", help="corpora.tsv of data_prep/download_wmt23.sh")
+    add("--max-len-a", type=float, default=0.0, metavar="X", help="of the translation (default 0)")
+    add("--max-len-b", type=int, default=200, metavar="N", help="of the translation (default 200)")
     flag("--out", required=True, metavar="DIR", help="folder for scores.json and report.md")
     return parser
 

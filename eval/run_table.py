@@ -29,14 +29,19 @@ def row(folder: str) -> list[str]:
     path = Path(folder) / "scores.json"
     report = files.read_json(path)
     try:
+        # scores.json without an analysis has the routing of the last validation alone
         routing, training = report["routing"]["valid"]["overall"], report["training"]
+        inference = report.get("inference") or {
+            "experts_per_token": routing.get("used"),
+            "relative_flops": routing.get("flops"),
+        }
         scores = [report["scores"][metric]["score"] for metric in ("bleu", "chrf++")]
         return [
             Path(folder).name,
             *(f"{score:.2f}" for score in scores),
             f"{report['num_parameters']:,}",
-            _cell(routing.get("used")),
-            _cell(routing.get("flops")),
+            _cell(inference["experts_per_token"]),
+            _cell(inference["relative_flops"]),
             _cell(training["words_per_second"], 0),
             _cell(training["valid_loss"], 3),
         ]

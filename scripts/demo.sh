@@ -13,7 +13,8 @@ the scores, five translations beside source and reference, and the experts that 
   --compare         every method at a short budget, and one table
   --max-update N    updates of the training, without averaging (default: the YAML's; with --compare 600)
   --seed N          seed of the corpus and of the training (default: 1)
-  --out DIR         where everything goes (default: runs/demo/SRC-en at the project's root)
+  --out DIR         where everything goes (default: runs/demo/SRC-en at the project's root; with another seed than 1
+                    runs/demo/SRC-en-seedN)
   --device NAME     cpu, cuda or auto (default: auto)
   --dry-run         print the commands and run nothing
   -h, --help        this text
@@ -44,6 +45,7 @@ method=${method:-xmoe}
 [[ -f $root/train_configs/demo/$method.yaml ]] || die "--method is one of: $(list_methods); got '$method'" 2
 need_whole_number --seed "$seed" 0
 [[ -z $max_update ]] || need_whole_number --max-update "$max_update" 1
+[[ $seed == 1 ]] || out=${out:-$root/runs/demo/$pair-seed$seed}
 out=$(absolute "${out:-$root/runs/demo/$pair}")
 
 train_and_score() { # train_and_score METHOD [RUN_PAIR_ARGUMENT...]

@@ -5,7 +5,7 @@ usage() {
 Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --out DIR [options]
 
 From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
-validate, subwords, encode, binarise, train, average, generate, detokenise, score, calibrate, report.
+validate, subwords, encode, binarise, lengths, train, average, generate, detokenise, score, calibrate, analyse, report.
 Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the translations in DIR/translations/test.TGT.
 
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
@@ -16,19 +16,23 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --test-set NAME         what the test set is, kept in scores.json, e.g. wmt22 (default: the last part of its PREFIX)
   --subwords TOOL         sentencepiece (default) or subword-nmt; BPE learned on both languages together
   --vocab-size N          subwords (default: 8000; for subword-nmt: merges)
-  --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss
+  --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss; all there are
+                          if these are fewer, and the report says so
   --calibrate GOAL        a price of inference, scored beside the model as trained: loss:BITS, the cheapest threshold that
                           loses no more on the validation set, or budget:X, FLOPs of the MoE layers / dense FFN; repeatable
                           (default: loss:0.01); none leaves it out. Only XMoE's router has a threshold; others are left as they are
   --beam N                beam of the translation (default: 5)
   --lenpen X              length penalty of the translation (default: 1.0)
   --model-overrides TEXT  passed to fairseq-generate, e.g. "{'moe_threshold': 0.7}"
+  --max-len-a X, --max-len-b N   most subwords of a translation: X times those of the source, plus N (default: 0, 200)
+  --max-source-length N   cut longer test lines to N subwords (default: what the model and --max-tokens take)
   --max-tokens N          tokens in one batch of the translation (default: 4096)
   --device NAME           cpu, cuda or auto (default: auto; training uses all GPUs that CUDA_VISIBLE_DEVICES shows)
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
                           fairseq starts a process for each GPU by itself)
   --workers N             processes of binarising (default: the number of cores)
   --no-analysis           leave out analysis.json and report.html
+  --corpora FILE          corpora.tsv of data_prep/download_wmt23.sh: the report says which corpora were left out
   --data-only             stop before the training; needs no GPU
   --restart               rename DIR to DIR.1 (or .2, ...) and begin anew; nothing is deleted
   --dry-run               print the commands, ready to be copied, and run nothing
@@ -48,11 +52,12 @@ TEXT
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
-tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096
-device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' data_only='' restart='' no_analysis=''
-overrides=() goals=() launcher_words='' launcher=()
+tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096 max_len_a=0
+max_len_b=200 max_source_length='' device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' corpora=''
+data_only='' restart='' no_analysis='' overrides=() goals=() launcher_words='' launcher=()
 flags=(pair train valid test out config seed subwords:tool vocab-size average beam lenpen model-overrides max-tokens
-    device workers data-bin subword-model test-set launcher:launcher_words 'set:overrides[]' 'calibrate:goals[]')
+    max-len-a max-len-b max-source-length device workers data-bin subword-model test-set corpora launcher:launcher_words
+    'set:overrides[]' 'calibrate:goals[]')
 switches=(dry-run data-only restart no-analysis)
 read_flags "$@"
 read -ra launcher <<<"$launcher_words"
@@ -75,7 +80,10 @@ check_arguments() {
     need_whole_number --vocab-size "$vocab_size" 1
     [[ $average =~ ^(last|best):[1-9][0-9]*$ ]] || die "--average wants last:N or best:N such as last:5, got '$average'" 2
     need_whole_number --beam "$beam" 1
-    need_whole_number --max-tokens "$max_tokens" 1
+    need_whole_number --max-tokens "$max_tokens" 2
+    need_whole_number --max-len-b "$max_len_b" 0
+    [[ -z $max_source_length ]] || need_whole_number --max-source-length "$max_source_length" 1
+    [[ $max_len_a =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-len-a wants a number of at least 0 such as 1.5, got '$max_len_a'" 2
     need_whole_number --workers "$workers" 1
     [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "--lenpen wants a number such as 1.0, got '$lenpen'" 2
     [[ $tool == sentencepiece || $tool == subword-nmt ]] ||
@@ -105,7 +113,7 @@ find_device() {
 
 check_arguments
 source_language=${pair%-*} target_language=${pair#*-}
-for name in train valid test out config data_bin subword_model; do
+for name in train valid test out config data_bin subword_model corpora; do
     [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
 done
 test_set=${test_set:-$(basename "$test")}
@@ -114,16 +122,20 @@ find_device
 
 user_dir=$root/xmoe_fairseq
 prepared=$data_bin
+# With prepared data the test set alone is encoded and binarised here: cut to what this model takes.
+test_bin=$out/test-bin
+[[ -n $prepared ]] || test_bin=$out/data-bin
 subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${data_bin:-$out/data-bin}
 checkpoints=$out/checkpoints translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
-calibrated=$out/calibrated
+calibrated=$out/calibrated analysis=$out/analysis.json
+[[ -z $no_analysis ]] || analysis=''
 raw_prefixes=(${train:+"$train"} ${valid:+"$valid"} "$test")
-raw_files=() encoded_files=() training_data=() test_data=()
+raw_files=() encoded_files=() training_data=() test_data=() position_flags=() longest_source='' longest_target=''
 for language in "$source_language" "$target_language"; do
     raw_files+=("${raw_prefixes[@]/%/.$language}")
     encoded_files+=("$encoded"/{train,valid,test}."$language")
     training_data+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid}."$pair.$language".{bin,idx})
-    test_data+=("$data_bin/dict.$language.txt" "$data_bin/test.$pair.$language".{bin,idx})
+    test_data+=("$test_bin/dict.$language.txt" "$test_bin/test.$pair.$language".{bin,idx})
 done
 device_flags=() device_settings=()
 if [[ $device == cpu ]]; then
@@ -132,13 +144,16 @@ if [[ $device == cpu ]]; then
 fi
 # Both are read by lib.sh.
 # shellcheck disable=SC2034
-results=("$out/report.md" "$out/scores.json" "$out/analysis.json" "$out/report.html")
+results=("$out/report.md" "$out/scores.json" "$out/report.html")
 # shellcheck disable=SC2034
 results_stage=report
 # shellcheck disable=SC2034
-stages=(validate subwords encode binarise train average generate detokenise score calibrate report analyse)
+stages=(validate subwords encode binarise test_data lengths train average generate detokenise score calibrate analyse report)
 
-validate() { run python -m data_prep.validate --pair "$pair" "${raw_prefixes[@]}"; }
+validate() {
+    run python -m data_prep.validate --pair "$pair" ${train:+"$train"} --held-out ${valid:+"$valid"} "$test" \
+        --json "$out/overlap.json"
+}
 
 learn_subwords() {
     run rm -rf "$subwords"
@@ -147,15 +162,39 @@ learn_subwords() {
         --inputs "$train.$source_language" "$train.$target_language"
 }
 
-encode() {
-    local split language
+# What the model and a batch of the translation take, without the end mark: longest_source, longest_target, and the
+# numbers that data_prep.lengths wants.
+find_limits() {
+    local found source target
+    found=$(python -m eval.run.training_settings limits "${configuration[@]}")
+    read -r source target batch_tokens <<<"$found"
+    position_flags=(--max-source-positions "$source" --max-target-positions "$target")
+    ((batch_tokens == 0)) || position_flags+=(--batch-tokens "$batch_tokens")
+    longest_source=$((source < max_tokens ? source - 1 : max_tokens - 1))
+    longest_target=$((target < max_tokens ? target - 1 : max_tokens - 1))
+    [[ -z $max_source_length ]] || longest_source=$((max_source_length < longest_source ? max_source_length : longest_source))
+}
+
+encode_split() { # encode_split SPLIT: both sides; a test line that the translation could not take is cut
+    local language longest command
     run mkdir -p "$encoded"
-    for split in train valid test; do
-        for language in "$source_language" "$target_language"; do
-            run python -m data_prep.subwords encode --subwords "$subwords" --input "${!split}.$language" \
-                --out "$encoded/$split.$language"
-        done
+    for language in "$source_language" "$target_language"; do
+        longest=$longest_target
+        [[ $language != "$source_language" ]] || longest=$longest_source
+        command=(python -m data_prep.subwords encode --subwords "$subwords" --language "$language"
+            --input "${!1}.$language" --out "$encoded/$1.$language")
+        [[ $1 != test ]] || command+=(--max-length "$longest" --report "$encoded/test.$language.json")
+        run "${command[@]}"
     done
+}
+
+encode() {
+    local split
+    for split in train valid test; do encode_split "$split"; done
+}
+
+check_lengths() {
+    run python -m data_prep.lengths --data "$data_bin" --pair "$pair" "${position_flags[@]}" --out "$out/lengths.json"
 }
 
 # fairseq-preprocess takes a comma in --trainpref for a list, so it works in the folder of the encoded text.
@@ -166,6 +205,16 @@ binarise() {
         --joined-dictionary --srcdict "$subwords/dict.txt" --destdir "$data_bin.partial" --workers "$workers"
     run rm -rf "$data_bin"
     run mv "$data_bin.partial" "$data_bin"
+}
+
+prepare_test_data() {
+    encode_split test
+    run rm -rf "$test_bin.partial"
+    run env -C "$encoded" fairseq-preprocess --source-lang "$source_language" --target-lang "$target_language" \
+        --testpref test --srcdict "$data_bin/dict.$source_language.txt" --tgtdict "$data_bin/dict.$target_language.txt" \
+        --destdir "$test_bin.partial" --workers 1
+    run rm -rf "$test_bin"
+    run mv "$test_bin.partial" "$test_bin"
 }
 
 # The settings of the YAML and of --set, as arguments of eval.run.training_settings.
@@ -253,7 +302,7 @@ train_model() {
     mapfile -t words <<<"$words"
     command+=("${words[@]:0:4}" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
         ++common.seed="$seed" ++common.log_format=json ++dataset.update_epoch_batch_itr=true
-        ${device_settings[@]+"${device_settings[@]}"} "${words[@]:4}")
+        ++dataset.skip_invalid_size_inputs_valid_test=true ${device_settings[@]+"${device_settings[@]}"} "${words[@]:4}")
     if [[ -n $dry_run ]]; then
         printf '%q ' "${command[@]}"
         printf '2>&1 | python -m eval.run.training_log --log %q\n' "$training_log"
@@ -280,7 +329,7 @@ train_model() {
 
 average_checkpoints() {
     run python -m xmoe_fairseq.checkpoints.average "--${average%:*}-of" "$checkpoints" --num "${average#*:}" \
-        --out "$averaged"
+        --allow-fewer --out "$averaged"
 }
 
 # fairseq-generate takes one of as many parts of the test set as it sees GPUs, hence the world size of 1.
@@ -289,9 +338,9 @@ generate() {
     run mkdir -p "$translations"
     [[ -n $dry_run ]] || num_lines=$((5 * $(wc -l <"$test.$source_language"))) # S, T, H, D and P of each sentence
     run_to_with_bar "$translations/generate.txt" "$translations/generate.log" "$num_lines" \
-        fairseq-generate "$data_bin" --user-dir "$user_dir" --path "$averaged" \
+        fairseq-generate "$test_bin" --user-dir "$user_dir" --path "$averaged" \
         --source-lang "$source_language" --target-lang "$target_language" --gen-subset test \
-        --beam "$beam" --lenpen "$lenpen" --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
+        --beam "$beam" --lenpen "$lenpen" --max-len-a "$max_len_a" --max-len-b "$max_len_b" --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
         --distributed-world-size 1 --model-overrides "$model_overrides" ${device_flags[@]+"${device_flags[@]}"}
 }
 
@@ -337,10 +386,17 @@ calibrate() {
         run python -m eval.translate --checkpoint "$base.pt" --data "$data_bin" --user-dir "$user_dir" \
             --source-lang "$source_language" --target-lang "$target_language" --subwords "$subwords" \
             --input "$test.$source_language" --out "$base.$target_language" --beam "$beam" --lenpen "$lenpen" \
-            --max-tokens "$max_tokens" --device "$device"
+            --max-len-a "$max_len_a" --max-len-b "$max_len_b" --max-tokens "$max_tokens" --device "$device"
         run python -m eval.score --hypotheses "$base.$target_language" --references "$test.$target_language" \
             --target-lang "$target_language" --test-set "$test_set" --out "$base.score.json"
     done
+}
+
+analyse() {
+    run python -m eval.analyse --checkpoint "$averaged" --data "$test_bin" --user-dir "$user_dir" \
+        --subwords "$subwords" --references "$test.$target_language" --training-log "$training_log" \
+        --beam "$beam" --model-overrides "$model_overrides" --device "$device" \
+        --out "$analysis"
 }
 
 report() {
@@ -349,14 +405,12 @@ report() {
     run python -m eval.run_report --pair "$pair" --seed "$seed" --out "$out" --config "$config" \
         --training-log "$training_log" --checkpoint "$averaged" --score "$out/score.json" \
         --generation-log "$translations/generate.log" "$translations/generate.txt" --source "$test.$source_language" \
-        --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"}
-}
-
-analyse() {
-    run python -m eval.analyse --checkpoint "$averaged" --data "$data_bin" --user-dir "$user_dir" \
-        --subwords "$subwords" --references "$test.$target_language" --training-log "$training_log" \
-        --beam "$beam" --model-overrides "$model_overrides" --out "$out/analysis.json" \
-        ${device_flags[@]+"${device_flags[@]}"}
+        --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"} \
+        ${analysis:+--analysis "$analysis"} --model-overrides "$model_overrides" \
+        --data "$data_bin" --lengths "$out/lengths.json" --overlap "$out/overlap.json" \
+        --cut "$encoded/test.$source_language.json" ${corpora:+--corpora "$corpora"} \
+        --max-len-a "$max_len_a" --max-len-b "$max_len_b"
+    [[ -n $analysis ]] || return 0
     run python -m eval.report "$pair=$out" --out "$out/report.html"
 }
 
@@ -385,13 +439,18 @@ main() {
     else
         begin
     fi
+    find_limits
     stage validate validate "pair=$pair" -- "${raw_files[@]}"
     if [[ -z $prepared ]]; then
         stage subwords learn_subwords "tool=$tool" "vocab_size=$vocab_size" -- \
             "$train.$source_language" "$train.$target_language"
-        stage encode encode "pair=$pair" -- "${raw_files[@]}" "$subwords/dict.txt"
+        stage encode encode "pair=$pair" "cut=$longest_source $longest_target" -- "${raw_files[@]}" "$subwords/dict.txt"
         stage binarise binarise "pair=$pair" -- "${encoded_files[@]}" "$subwords/dict.txt"
+    else
+        stage test_data prepare_test_data "pair=$pair" "cut=$longest_source $longest_target" -- "${raw_files[@]}" \
+            "$data_bin"/dict.{"$source_language","$target_language"}.txt
     fi
+    stage lengths check_lengths "limits=${position_flags[*]}" -- "${training_data[@]}"
     if [[ -n $data_only ]]; then
         [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
         return
@@ -400,23 +459,23 @@ main() {
     mapfile -t train_settings <<<"$train_settings"
     stage train train_model "seed=$seed" "${train_settings[@]}" -- "${training_data[@]}"
     stage average average_checkpoints "which=$average" -- "$checkpoints/checkpoint_last.pt"
-    stage generate generate "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "device=$device" \
-        "model_overrides=$model_overrides" -- "$averaged" "${test_data[@]}"
+    stage generate generate "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "max_len=$max_len_a $max_len_b" \
+        "device=$device" "model_overrides=$model_overrides" -- "$averaged" "${test_data[@]}"
     stage detokenise detokenise "pair=$pair" -- "$translations/generate.txt"
     stage score score "target_language=$target_language" "test_set=$test_set" -- \
         "$translations/test.$target_language" "$test.$target_language"
     if ((${#goals[@]})); then
-        stage calibrate calibrate "goals=${goals[*]}" "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "device=$device" \
-            "model_overrides=$model_overrides" -- "$averaged" "${training_data[@]}" "$test.$source_language" "$test.$target_language"
+        stage calibrate calibrate "goals=${goals[*]}" "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" \
+            "max_len=$max_len_a $max_len_b" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
+            "${training_data[@]}" "$test.$source_language" "$test.$target_language"
     fi
-    stage report report "pair=$pair" "seed=$seed" "goals=${goals[*]-}" -- "$out/score.json" "$training_log" "$translations/generate.txt"
-    if [[ -n $no_analysis ]]; then
-        [[ -n $dry_run ]] || log "done: $out/report.md, $out/scores.json"
-        return
+    if [[ -n $analysis ]]; then
+        stage analyse analyse "beam=$beam" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
+            "$test.$target_language" "${test_data[@]}"
     fi
-    stage analyse analyse "beam=$beam" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
-        "$out/scores.json" "$test.$target_language" "${test_data[@]}"
-    [[ -n $dry_run ]] || log "done: $out/report.md, $out/report.html, $out/scores.json"
+    stage report report "pair=$pair" "seed=$seed" "goals=${goals[*]-}" "analysis=${analysis:+yes}" -- "$out/score.json" \
+        "$training_log" "$translations/generate.txt" ${analysis:+"$analysis"} ${corpora:+"$corpora"}
+    [[ -n $dry_run ]] || log "done: $out/report.md, ${analysis:+$out/report.html, }$out/scores.json"
 }
 
 main

@@ -7,6 +7,7 @@ Usage: scripts/train_multi.sh --ranks N [--grace SECONDS] -- DATA_DIR FAIRSEQ_TR
 Runs fairseq-train as N ranks on this machine: one GPU each (NCCL), or CPU processes (Gloo) if the arguments contain
 --cpu. Ranks meet through a file and talk over the loopback interface: no port is open to the network. When a rank
 ends with an error the others are ended too, and the same command continues from the last checkpoint of --save-dir.
+SIGUSR1 and SIGTERM save the training and end it; a second SIGTERM ends it at once.
 
   --ranks N           processes, at least 1
   --grace SECONDS     what the other ranks get, after one failed, to end with their own message (default 20)
@@ -17,7 +18,8 @@ Example, experts spread over two CPU ranks:
   scripts/train_multi.sh --ranks 2 -- data-bin/uk-en --user-dir xmoe_fairseq --arch xmoe_transformer_tiny \
       --moe-expert-parallel --ddp-backend legacy_ddp --cpu --criterion label_smoothed_cross_entropy_with_load_balance \
       --optimizer adam --lr 0.001 --batch-size 32 --max-update 100 --save-dir runs/two-ranks
-Exit: 0 all ranks ended well; otherwise the code of the rank that failed first; 2 bad arguments.
+Exit: 0 all ranks ended well; 75 stopped by a signal, saved: the same command continues; otherwise the code of the rank
+that failed first; 2 bad arguments.
 TEXT
 }
 # shellcheck source=scripts/lib.sh
@@ -60,7 +62,14 @@ stop_all() { # also when this script itself is interrupted
 }
 trap stop_all EXIT
 trap 'exit 130' INT
-trap 'exit 143' TERM
+# The ranks agree to save and to end; --grace does not limit them.
+pass_on() {
+    local pid
+    trap 'exit 143' TERM
+    log "a signal: the ranks save and end"
+    for pid in ${pids[@]+"${pids[@]}"}; do kill -USR1 "$pid" 2>/dev/null || true; done
+}
+trap pass_on TERM USR1
 
 start_rank() { # start_rank RANK
     local command=(fairseq-train "${arguments[@]}")
@@ -91,14 +100,15 @@ report_failure() { # report_failure RANK CODE: the others may still tell what th
 }
 
 for ((rank = 0; rank < ranks; rank++)); do start_rank "$rank"; done
-running=("${!pids[@]}")
+running=("${!pids[@]}") saved=''
 while ((${#running[@]} > 0)); do
     still=()
     for rank in "${running[@]}"; do
         if ended "${pids[rank]}"; then
             code=0
             wait "${pids[rank]}" || code=$?
-            ((code == 0)) || report_failure "$rank" "$code"
+            ((code == 0 || code == SAVED)) || report_failure "$rank" "$code"
+            ((code == 0)) || saved=yes
         else
             still+=("$rank")
         fi
@@ -106,3 +116,7 @@ while ((${#running[@]} > 0)); do
     running=(${still[@]+"${still[@]}"})
     ((${#running[@]} == 0)) || sleep 0.2
 done
+if [[ -n $saved ]]; then
+    log "stopped by a signal, saved; the same command continues"
+    exit "$SAVED"
+fi

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +160,16 @@ def test_the_docs_list_the_vocabulary():
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \| (.+?) \|$", text, flags=re.MULTILINE))
     assert {name: help_text for name, (_, help_text) in _HELP.items()} == listed
+
+
+@pytest.mark.parametrize("ends", ["print('text')", "command_parser('x', 'Help.').parse_args(['--help'])"])
+def test_a_reader_that_goes_away_gets_no_traceback(ends):
+    """As in ``xmoe score ... | head -1``: what is still buffered cannot be written."""
+    lines = ["from xmoe_fairseq.command_line import *", "import sys", "@reports_errors('x')", "def main(argv=None):"]
+    script = "\n".join([*lines, f"    {ends}", "sys.exit(main())"])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)

@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("prepare sample", "data_prep.sample", "draw a number of pairs by seed"),
         Command("prepare subwords", "data_prep.subwords", "learn, encode, decode, dictionaries"),
         Command("prepare binarise", "data_prep/binarise.sh", "clean text to fairseq's binary data"),
+        Command("prepare lengths", "data_prep.lengths", "lengths of binary data against what a model takes"),
         Command("prepare wikitext103", "data_prep/wikitext103.sh", "fetch and binarise the language models' text"),
         Command("prepare checksums", "data_prep/checksums.sh", "note what a stage made, or compare with a note"),
         Command("prepare gpt2", "data_prep.gpt2", "encode text with GPT-2's byte pairs"),

@@ -210,7 +210,10 @@ def reports_errors(name: str) -> Callable[[_Main], Callable[..., int]]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> int:
             try:
-                return main(argv) or 0
+                try:
+                    return main(argv) or 0
+                finally:
+                    sys.stdout.flush()  # here, not when the interpreter ends, where its failure is a traceback
             except BrokenPipeError:  # the reader (head, less) went away: not our failure, nothing more to say
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except OSError as error:

@@ -167,6 +167,7 @@ class Observation:
                 "router": config.router,
                 "num_experts": config.num_experts,
                 "expert_dim": config.expert_dim,
+                "dense_flops_per_token": 4 * config.embed_dim * (config.dense_dim or config.expert_dim),
                 **self.sums[name].figures(self.tables[self._side(name)]),
                 "positive_share": self.inside.positive_share(name),
                 "similarity": self.inside.similarity(name),

@@ -129,6 +129,15 @@ def signature(settings: Settings) -> list[str]:
     ]
 
 
+def limits(settings: Settings) -> tuple[int, int, int]:
+    """Positions of source and target, end mark included, and tokens of a training batch (0: no limit)."""
+    sides = [
+        min(int(settings.get(f"{group}.max_{side}_positions") or 1024) for group in ("model", "task"))
+        for side in ("source", "target")
+    ]
+    return sides[0], sides[1], int(settings.get("dataset.max_tokens") or 0)
+
+
 def _shown(value: Any) -> str:
     return "(not given)" if value is _ABSENT else value if isinstance(value, str) else json.dumps(value)
 
@@ -266,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="VALUE as hydra reads it")
     for name, what in {
         "signature": "print the settings that decide the trained model",
+        "limits": "print the most source and target positions, and the tokens of a batch (0: no limit)",
         "check": "exit 2 and name what differs if the training in DIR cannot be continued",
     }.items():
         sub = commands.add_parser(name, help=what)
@@ -289,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"++{parse_override(override)[2]}")
         elif args.command == "signature":
             print("\n".join(signature(read_settings(args.config, args.set))))
+        elif args.command == "limits":
+            print(*limits(read_settings(args.config, args.set)))
         else:
             return _check(args)
     except (ValueError, OSError) as error:

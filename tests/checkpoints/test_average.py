@@ -54,6 +54,18 @@ def test_best_and_last_count_copies_once(run):
         choose_last(run, 4)
 
 
+def test_fewer_than_wanted_are_averaged_only_if_allowed_and_said_so(run, capsys):
+    command = ["--last-of", str(run), "--num", "5", "--out", str(run / "averaged.pt")]
+    assert main(command) == 1
+    assert main([*command, "--allow-fewer"]) == 0
+    assert "warning: 3 checkpoints instead of 5" in capsys.readouterr().err
+    names = load_checkpoint(run / "averaged.pt")["extra_state"]["averaged_from"]
+    assert len(names) == 3
+    (run / "empty").mkdir()
+    command[1] = str(run / "empty")
+    assert main([*command, "--allow-fewer"]) == 1
+
+
 def test_other_models_are_refused_by_name(run, tiny, capsys):
     other = tiny.state("xmoe_transformer_tiny", 2, moe_num_experts=8, moe_expert_dim=6)
     save_checkpoint(other, run / "checkpoint2.pt")

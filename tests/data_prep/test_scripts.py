@@ -162,6 +162,20 @@ def test_binarise_names_what_is_missing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_binarise_cuts_test_lines_that_would_stop_the_translation(tmp_path):
+    (tmp_path / "subwords.json").write_text("{}")
+    for split in ("train", "valid", "test"):
+        for code in ("uk", "en"):
+            (tmp_path / f"{split}.{code}").write_text("x\n")
+    prefixes = [word for split in ("train", "valid", "test") for word in (f"--{split}", tmp_path / split)]
+    flags = ["--pair", "uk-en", *prefixes, "--subwords", tmp_path, "--out", tmp_path / "out", "--dry-run"]
+    for more, length in (([], "1023"), (["--max-positions", "256"], "255")):
+        printed = shell("binarise.sh", *flags, *more).stdout.splitlines()
+        cut = [line for line in printed if "--max-length" in line]
+        assert [line.split("--input ")[1].split()[0] for line in cut] == [f"{tmp_path}/test.{c}" for c in ("uk", "en")]
+        assert all(f"--max-length {length}" in line for line in cut)
+
+
 def test_checksums_find_a_changed_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     noted = shell("checksums.sh", "--out", tmp_path / "note.tsv", tmp_path / "a.txt")

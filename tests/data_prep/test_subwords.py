@@ -144,3 +144,18 @@ def test_missing_or_damaged_subwords(folder, tmp_path):
 def test_invalid_text_says_where_to_look(folder):
     with pytest.raises(DataError, match=r"text: invalid UTF-8 after line 0; run python -m data_prep\.validate"):
         subwords.transform(subwords.Coder(folder).encode, io.BytesIO(b"\xff\n"), io.BytesIO(), "text")
+
+
+def test_encode_cuts_longer_lines_and_counts_them(text, folder, tmp_path, capsys):
+    (tmp_path / "raw").write_text("one two three four five six seven\none\n", encoding="utf-8")
+    paths = ["--subwords", str(folder), "--input", str(tmp_path / "raw"), "--out", str(tmp_path / "pieces")]
+    assert subwords.main(["encode", *paths]) == 0
+    whole = [line.split(" ") for line in (tmp_path / "pieces").read_text(encoding="utf-8").splitlines()]
+    most = len(whole[0]) - 1
+    flags = ["--max-length", str(most), "--report", str(tmp_path / "report.json")]
+    assert subwords.main(["encode", *paths, *flags]) == 0
+    cut = [line.split(" ") for line in (tmp_path / "pieces").read_text(encoding="utf-8").splitlines()]
+    assert cut == [whole[0][:most], whole[1]]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == {"lines": 2, "longest": most + 1, "max_length": most, "cut": 1}
+    assert "1 of 2 lines cut" in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_held_out_pairs_in_the_training_text_are_counted(tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"warning: 1 of 2 pairs of {prefixes['test']} are in the training text (2 by their source)" in error
     assert "new" not in error
-    assert json.loads(out.read_text()) == [
+    assert json.loads(out.read_text())["held_out"] == [
         {"text": prefixes["test"], "lines": 2, "pairs": 1, "sources": 2},
         {"text": prefixes["new"], "lines": 1, "pairs": 0, "sources": 0},
     ]

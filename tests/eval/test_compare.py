@@ -70,14 +70,15 @@ def test_figures_are_those_of_the_sacrebleu_cli(texts, method, flag, metrics, mo
         for metric in metrics:
             found = system["scores"][metric]
             assert found["score"] == expected[metric]["score"]
-            assert found["p_value"] == expected[metric]["p_value"]
+            # sacreBLEU calls a copy of the baseline significantly different
+            assert found["p_value"] == (1.0 if system["name"] == "same" else expected[metric]["p_value"])
             if flag == "bs":  # the command line gives no interval with the other test
                 assert (found["mean"], found["ci95"]) == (expected[metric]["mean"], expected[metric]["ci"])
     assert f"|{flag}:60|seed:77|" in report["signatures"]["BLEU"]
     assert report["systems"][0]["scores"]["BLEU"]["p_value"] is None
     assert report["systems"][1]["scores"]["BLEU"]["p_value"] < 0.05  # bad against good
     assert [system["same_text_as_baseline"] for system in report["systems"]] == [False, False, True]
-    assert "warning: same is the baseline's text" in capsys.readouterr().err
+    assert "warning: same is the baseline's very text" in capsys.readouterr().err
 
 
 def test_the_seed_decides(texts):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from fairseq.data import indexed_dataset
 
 from eval import run_report, run_table
 
@@ -98,6 +99,88 @@ def test_report_shows_scores_samples_and_routing(pieces):
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "encoder 11", "1.500", "", ""] in cells
     assert ["", "all layers", "1.750", "0.875", ""] in cells
+
+
+@pytest.fixture
+def evidence(pieces):
+    """The pieces, with an analysis, data and notes beside them; arguments for all of it."""
+    folder, arguments = pieces
+    layer = {
+        "wanted": 2.0,
+        "dropped": 0.0,
+        "load_cv": 0.5,
+        "entropy": 1.0,
+        "balance": 1.0,
+        "dense_flops_per_token": 4000,
+    }
+    layers = {
+        "encoder 1": layer | {"tokens": 10, "used": 2.0, "flops": 0.5},
+        "decoder 1": layer | {"tokens": 30, "used": 4.0, "flops": 1.5},
+    }
+    analysis = {"data": {"set": "test"}, "checkpoint": {"path": "/run/averaged.pt"}, "layers": layers}
+    (folder / "analysis.json").write_text(json.dumps(analysis))
+    builder = indexed_dataset.MMapIndexedDatasetBuilder(str(folder / "train.uk-en.uk.bin"))
+    for _ in range(3):
+        builder.add_item(torch.tensor([5, 2]))
+    builder.finalize(str(folder / "train.uk-en.uk.idx"))
+    (folder / "lengths.json").write_text(json.dumps({"train": {"pairs": 1000, "longest": [2000, 9], "left_out": 4}}))
+    (folder / "overlap.json").write_text(
+        json.dumps({"held_out": [{"text": "/raw/test", "lines": 2, "pairs": 1, "sources": 2}]})
+    )
+    (folder / "cut.json").write_text(json.dumps({"lines": 2, "longest": 1801, "max_length": 1023, "cut": 1}))
+    (folder / "corpora.tsv").write_text("A-a\t12\nB-b\tleft out by --without\n")
+    (folder / "generate.log").write_text(
+        "S-0\ta b\nH-0\t-1.0\tx y z\nS-1\ta\nH-1\t-1.0\tx y\nTranslated 2 sentences (1,000 tokens) in 4.0s\n"
+    )
+    notes = {
+        "analysis": "analysis.json", "lengths": "lengths.json", "overlap": "overlap.json", "cut": "cut.json",
+        "corpora": "corpora.tsv",
+    }  # fmt: skip
+    arguments += [text for name, file in notes.items() for text in (f"--{name}", str(folder / file))]
+    return folder, [*arguments, "--data", str(folder), "--max-len-a", "0", "--max-len-b", "3"]
+
+
+def test_a_score_stands_beside_what_it_cost_and_what_it_was_made_of(evidence):
+    folder, arguments = evidence
+    assert run_report.main(arguments) == 0
+    report, text = json.loads((folder / "scores.json").read_text()), (folder / "report.md").read_text()
+    assert report["inference"]["flops_per_token"] == {"encoder": 2000.0, "decoder": 6000.0}
+    assert report["inference"]["relative_flops"] == (10 * 0.5 + 30 * 1.5) / 40
+    assert report["inference"]["experts_per_token"] == 3.5
+    assert report["data"]["train_pairs"] == 3
+    assert report["data"]["left_out_corpora"] == ["B-b: left out by --without"]
+    assert report["generation"]["at_length_limit"] == 1
+    cells = [tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in text.splitlines()]
+    for row in (
+        ("training pairs", "3"),
+        ("too long, left out", "train 4 of 1,000"),
+        ("test lines cut", "1 of 2 (at 1023 subwords)"),
+        ("held-out pairs in the training text", "test 1 of 2"),
+        ("corpora left out", "B-b: left out by --without"),
+        ("translations at the length limit", "1 (max-len-a 0, max-len-b 3)"),
+        ("changed while training", "nothing"),
+    ):
+        assert row in cells
+    assert "1.250 of the dense FFN's FLOPs, 3.50 experts a token" in text
+
+
+def test_the_routing_table_is_the_analysis_and_says_so(evidence, pieces):
+    folder, arguments = evidence
+    run_report.main(arguments)
+    text = (folder / "report.md").read_text()
+    assert "Of the checkpoint that translated, on the test set (teacher forcing)" in text
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    assert ["encoder 1", "2.000", "2.000"] in [row[1:4] for row in rows]
+    assert not any("encoder 11" in row for row in rows), "that is of the training log"
+    run_report.main(pieces[1][: pieces[1].index("--analysis")])
+    assert "Of the last validation in the training log" in (folder / "report.md").read_text()
+    assert run_table.row(str(folder))[4] == "1.75"
+
+
+def test_a_length_limit_may_grow_with_the_source():
+    lines = ["S-7\ta b c", "H-7\t-1\tx x x x x", "S-8\ta", "H-8\t-1\tx", "P-8\t-1 -1"]
+    assert run_report.at_length_limit(lines, max_len_a=1, max_len_b=1, positions=1024) == 1
+    assert run_report.at_length_limit(lines, max_len_a=0, max_len_b=200, positions=2) == 2
 
 
 def test_a_dense_model_has_a_report_too(pieces):

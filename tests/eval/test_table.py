@@ -2,15 +2,17 @@
 
 import json
 import statistics
+from pathlib import Path
 
 import pytest
 
 from eval import table
 
+ROOT = Path(__file__).parents[2]
 PAPER = table.load_paper()
 
 
-def write_scores(path, bleu, chrf, test_set="flores200.devtest", tokenizer="13a"):
+def write_scores(path, bleu, chrf, test_set="flores200.devtest", tokenizer="13a", **more):
     signatures = {
         "bleu": f"nrefs:1|case:mixed|eff:no|tok:{tokenizer}|smooth:exp|version:2.6.0",
         "chrf++": "nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no|version:2.6.0",
@@ -18,7 +20,7 @@ def write_scores(path, bleu, chrf, test_set="flores200.devtest", tokenizer="13a"
     scores = {
         name: {"score": value, "signature": signatures[name]} for name, value in (("bleu", bleu), ("chrf++", chrf))
     }
-    path.write_text(json.dumps({"scores": scores, "test_set": test_set}))
+    path.write_text(json.dumps({"scores": scores, "test_set": test_set, **more}))
     return str(path)
 
 
@@ -58,7 +60,78 @@ def test_cells_stand_below_the_paper_and_gaps_are_named(tmp_path, capsys):
     assert "not comparable with it: hash_32x2048 he-en (mix.test)" in printed
     assert "Missing (–), not run by us: dense (uk-en, de-en, ru-en, he-en, zh-en); " in printed
     assert "xmoe_64x1024 uk-en (2 runs)" in printed
+    assert "name no pair, method or seed: xmoe_64x1024 uk-en, hash_32x2048 he-en" in printed
     assert "xmoe_64x1024 (de-en, ru-en, he-en, zh-en)" in printed.split("Missing")[1]
+
+
+def run_scores(path, seed=1, pairs=10_000_000, flops=1.5, **changed):
+    """A file as scripts/run_pair.sh writes it: it tells what it is of."""
+    identity = {"pair": "uk-en", "config_file": "/configs/xmoe_64x1024.yaml", "seed": seed}
+    figures = {"data": {"train_pairs": pairs}, "inference": {"relative_flops": flops}}
+    return write_scores(path, 30.0, 54.0, **(identity | figures | changed))
+
+
+def test_a_cell_tells_its_cost_and_a_star_that_its_data_are_not_the_papers(tmp_path, capsys):
+    one, two = run_scores(tmp_path / "1.json"), run_scores(tmp_path / "2.json", seed=2, flops=1.7)
+    few = run_scores(tmp_path / "few.json", pairs=2_000_000)
+    cheap = {"relative_flops": 1.0, "model_overrides": "{'moe_threshold': 0.5}"}
+    budgeted = run_scores(tmp_path / "cheap.json", inference=cheap)
+    assert (
+        table.main(
+            [
+                "--cell",
+                "xmoe_64x1024",
+                "uk-en",
+                one,
+                two,
+                "--cell",
+                "own",
+                "uk-en",
+                few,
+                "--cell",
+                "cheap",
+                "uk-en",
+                budgeted,
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert "30.0±0.0/54.0±0.0 (1.60)" in [row[2] for row in rows]
+    assert (rows[-2][2], rows[-1][2]) == ("30.0/54.0* (1.50)", "30.0/54.0 (1.00)")
+    assert "other settings than trained with: cheap uk-en ({'moe_threshold': 0.5})" in printed
+    assert "not comparable with it: own uk-en (2,000,000 training pairs)" in printed
+    assert "Taken at their word" not in printed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pair": "de-en"}, "2.json: is of de-en, not of uk-en"),
+        ({"config_file": "/x/dense.yaml"}, "2.json: was trained with /x/dense.yaml, not with xmoe_64x1024"),
+        ({"seed": 1}, "2.json: has seed 1 as 1.json has"),
+    ],
+)
+def test_files_of_another_run_than_said_are_refused(tmp_path, capsys, monkeypatch, changed, message):
+    monkeypatch.chdir(tmp_path)
+    run_scores(tmp_path / "1.json")
+    run_scores(tmp_path / "2.json", **({"seed": 2} | changed))
+    assert table.main(["--cell", "xmoe_64x1024", "uk-en", "1.json", "2.json"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_file_is_one_run(tmp_path, capsys):
+    path = write_scores(tmp_path / "1.json", 30.0, 54.0)
+    (tmp_path / "link.json").symlink_to(path)
+    for cells in (["--cell", "a", "uk-en", path, path], ["--cell", "a", "uk-en", path, "--cell", "b", "uk-en"]):
+        assert table.main([*cells, *([str(tmp_path / "link.json")] if len(cells) == 7 else [])]) == 1
+        assert "a file is one run" in capsys.readouterr().err
+
+
+def test_the_download_draws_the_papers_numbers_of_pairs():
+    rows = [line.split("\t") for line in (ROOT / "data_prep" / "wmt23.tsv").read_text().splitlines()]
+    assert {row[0]: int(row[2]) for row in rows if row[1:2] == ["pairs"]} == PAPER["bitext"]
 
 
 def test_an_average_needs_all_five_pairs(tmp_path, capsys):

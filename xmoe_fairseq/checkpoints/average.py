@@ -117,27 +117,27 @@ def candidates(folder: str | Path) -> list[Candidate]:
     return sorted(by_update.values(), key=lambda candidate: candidate.updates)
 
 
-def choose_last(folder: str | Path, num: int) -> list[Candidate]:
-    """The ``num`` checkpoints with the most updates."""
-    return _enough(candidates(folder), num, folder)[-num:]
+def choose_last(folder: str | Path, num: int, *, allow_fewer: bool = False) -> list[Candidate]:
+    """The ``num`` checkpoints with the most updates; all there are, at least one, if ``allow_fewer``."""
+    return _enough(candidates(folder), num, folder, allow_fewer)[-num:]
 
 
-def choose_best(folder: str | Path, num: int) -> list[Candidate]:
-    """The ``num`` checkpoints with the best validation score, best last.
+def choose_best(folder: str | Path, num: int, *, allow_fewer: bool = False) -> list[Candidate]:
+    """The ``num`` checkpoints with the best validation score, best last; ``allow_fewer`` as in `choose_last`.
 
     The score is ``extra_state["val_loss"]``, which fairseq stores with every checkpoint: the value of its
     --best-checkpoint-metric (loss by default; --maximize-best-checkpoint-metric turns the order round).
     """
     scored = [candidate for candidate in candidates(folder) if candidate.score is not None]
-    scored = _enough(scored, num, folder, "validated ")
+    scored = _enough(scored, num, folder, allow_fewer, "validated ")
     sign = 1 if scored[0].higher_is_better else -1
     return sorted(scored, key=lambda candidate: sign * candidate.score)[-num:]  # type: ignore[operator]
 
 
-def _enough(found: Sequence[Candidate], num: int, folder: Any, kind: str = "") -> list[Candidate]:
+def _enough(found: Sequence[Candidate], num: int, folder: Any, allow_fewer: bool, kind: str = "") -> list[Candidate]:
     if num < 1:
         raise CheckpointError(f"--num ({num}) must be at least 1")
-    if len(found) < num:
+    if len(found) < (1 if allow_fewer else num):
         raise CheckpointError(
             f"{folder} holds {len(found)} different {kind}checkpoints, --num asks for {num}; lower --num, or train "
             "with --keep-last-epochs or --keep-best-checkpoints of at least that many"
@@ -157,6 +157,8 @@ def _parser() -> CommandParser:
     source.add_argument("--best-of", metavar="DIR", help="the --num best of a folder by the stored validation score")
     source.add_argument("--last-of", metavar="DIR", help="the --num last of a folder by number of updates")
     parser.add_argument("--num", type=int, metavar="N", help="how many, for --best-of and --last-of")
+    fewer = "average what there is if that is less than --num, and say so"
+    parser.add_argument("--allow-fewer", action="store_true", help=fewer)
     parser.flag("--out", old="--output", required=True)
     return parser
 
@@ -164,7 +166,8 @@ def _parser() -> CommandParser:
 def _chosen(args: argparse.Namespace) -> Iterable[Candidate]:
     if args.num is None:
         raise CheckpointError("--best-of and --last-of need --num N, the number of checkpoints to average")
-    return choose_best(args.best_of, args.num) if args.best_of else choose_last(args.last_of, args.num)
+    choose, folder = (choose_best, args.best_of) if args.best_of else (choose_last, args.last_of)
+    return choose(folder, args.num, allow_fewer=args.allow_fewer)
 
 
 @reports_errors("average")
@@ -176,6 +179,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = list(_chosen(args))
         for candidate in chosen:
             print(f"{candidate.path}  update {candidate.updates}  score {candidate.score}")
+        if len(chosen) < args.num:
+            print(
+                f"average: warning: {len(chosen)} checkpoints instead of {args.num}: there are no more", file=sys.stderr
+            )
         paths = [candidate.path for candidate in chosen]
     elif args.num is not None:
         raise CheckpointError("--num goes with --best-of or --last-of; --checkpoints takes all it is given")
