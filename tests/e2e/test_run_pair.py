@@ -289,7 +289,7 @@ def test_a_longer_training_continues_and_an_interruption_too(life):
 def test_a_restart_renames_the_old_run(life):
     pipeline, seen = life
     code, errors, ran = seen["restarted"]
-    assert (code, ran) == (0, ["validate", "subwords", "encode", "binarise"]), errors
+    assert (code, ran) == (0, STAGES[: STAGES.index("train")]), errors
     assert (pipeline.out.with_name("out.1") / "checkpoints" / "checkpoint_last.pt").is_file()
     assert (pipeline.out.with_name("out.1") / "scores.json").is_file()
     assert not (pipeline.out / "checkpoints").exists()
