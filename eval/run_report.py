@@ -99,7 +99,7 @@ def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
 
 
 def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The full configuration that fairseq kept in a checkpoint, its parameters, FLOPs per token, and what was averaged."""
+    """The configuration that fairseq kept in a checkpoint, its parameters, FLOPs per token, and what was averaged."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     config = _plain(state["cfg"])
     return {
