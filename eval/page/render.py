@@ -184,7 +184,21 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         cells = [fact(run) for run in runs]
         if any(cell != "–" for cell in cells):
             rows.append([name, *cells])
-    return {"headers": ["", *(run.name for run in runs)], "rows": rows}
+    return {"headers": ["", *(run.name for run in runs)], "rows": rows + _price_rows(runs)}
+
+
+def _price_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The scores at every price of inference that run_pair.sh tried, one row a goal such as ``loss:0.01``."""
+    goals = dict.fromkeys(goal for run in runs for goal in run.reported("calibrated"))
+    return [[f"at the price {goal}", *(_price(run.reported("calibrated").get(goal)) for run in runs)] for goal in goals]
+
+
+def _price(part: Json | None) -> str:
+    if part is None:
+        return "–"
+    scores = part["scores"]
+    quality = f"BLEU {scores['bleu']['score']:.2f}, chrF2++ {scores['chrf++']['score']:.2f}"
+    return f"MoE FLOPs / dense {part['after']['flops']:.2f}: {quality}"
 
 
 def _metric_name(runs: Sequence[Run], key: str) -> str:

@@ -219,7 +219,9 @@ def test_every_stage_runs_in_its_order_and_leaves_its_evidence(life):
     aside = pipeline.out.with_name("out.1")
     analysis = json.loads((aside / "analysis.json").read_text(encoding="utf-8"))
     assert set(analysis["layers"]) == {"encoder 1", "decoder 1"}
-    assert "explorer" in (aside / "report.html").read_text(encoding="utf-8")
+    page = (aside / "report.html").read_text(encoding="utf-8")
+    assert "explorer" in page
+    assert "at the price loss:0.01" in page
 
 
 def test_long_lines_and_missing_checkpoints_are_told_and_stop_nothing(life):
