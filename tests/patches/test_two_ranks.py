@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,8 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
 from tests.e2e import ranks  # noqa: E402
+from xmoe_fairseq.checkpoints.files import load_checkpoint  # noqa: E402
+from xmoe_fairseq.patches import signals  # noqa: E402
 
 WORDS = ranks.dictionary()
 SMALL = shlex.split("--encoder-layers 1 --decoder-layers 1 --moe-interval 1 --ddp-backend legacy_ddp")
@@ -156,6 +160,22 @@ def check_loading(folder: Path) -> None:
     assert kept < received < kept + other_half / 4, (kept, received, other_half)
 
 
+def check_signal(folder: Path) -> None:
+    """Rank 1 alone is told to stop: both save together and leave with the code that says so."""
+    run = trainer(PARALLEL, "--save-dir", str(folder))
+    update(run, share(0))
+    signals._received = signal.SIGUSR1 if dist.get_rank() == 1 else None
+    place = argparse.Namespace(state_dict=lambda: {"epoch": 1, "iterations_in_epoch": 1, "version": 2})
+    with pytest.raises(SystemExit) as stop:
+        signals._validate_and_save(lambda *_: ([None], False), run.cfg, run, run.task, place, ["valid"], False)
+    assert stop.value.code == signals.SAVED
+    signals._received = None
+    assert (folder / signals.MARKER).read_text() == "update 1\n"
+    state = load_checkpoint(folder / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == 1
+    assert state["model"]["encoder.layers.0.moe.experts.w1"].size(0) == 8  # of both ranks
+
+
 def check_one_rank_raises() -> None:
     """Rank 1's criterion raises in a forward pass: it ends with that error, and rank 0 does not wait for it."""
     run = trainer(PARALLEL)
@@ -175,6 +195,7 @@ def run_rank(rank: int, folder: str, question: str) -> None:
     check_dummy_batch()
     check_layer_drop()
     check_loading(Path(folder))
+    check_signal(Path(folder))
     dist.barrier()
     dist.destroy_process_group()
     return None
@@ -186,7 +207,7 @@ def run_ranks(folder: Path, question: str, timeout: float) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def test_overflow_dummy_batch_layer_drop_and_loading(tmp_path: Path) -> None:
+def test_overflow_dummy_batch_layer_drop_loading_and_a_signal(tmp_path: Path) -> None:
     done = run_ranks(tmp_path, "agree", 200)
     assert done.returncode == 0, done.stderr[-5000:]
 
