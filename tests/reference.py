@@ -75,7 +75,7 @@ def capacity_of(gamma: float | None, num_real: int, num_experts: int, min_capaci
 
 
 def serve(choices: list[Choice], score_TE: list[list[float]], capacity: int | None) -> set[tuple[int, int]]:
-    """Algorithm 1: one queue by priority p - i, that is by (rank, -p), then token; each expert has room for C.
+    """Algorithm 1: pairs in order of priority p - i, that is by (i, -p), then token; each expert takes C pairs.
 
     Null experts (AdaMoE), whose numbers follow those of the true ones, take no rank.
     """
@@ -242,7 +242,7 @@ def moe_layer(
     capacity: int | None,
     activation: str = "gelu",
 ) -> SlowResult:
-    """Eq 2 over the pairs that Algorithm 1 keeps; 0 for tokens that no expert serves."""
+    """Eq 2 over the pairs that Algorithm 1 keeps; 0 for tokens without a kept pair."""
     num_experts = experts["w1"].size(0)
     kept = serve(routed.choices, routed.score_TE, capacity)
     rows = []

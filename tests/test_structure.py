@@ -76,3 +76,9 @@ def test_functions_longer_than_40_lines_say_why():
         source = FILES[module].read_text(encoding="utf-8")
         node = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function)
         assert "one function" in (ast.get_source_segment(source, node) or ""), f"{name}: {length} lines"
+
+
+def test_the_legend_of_axis_letters_stands_once():
+    inner = [path for name, path in FILES.items() if name.startswith("xmoe_fairseq.moe.")]
+    assert len(inner) > 30
+    assert [path.name for path in inner if "Axis letters" in path.read_text(encoding="utf-8")] == []

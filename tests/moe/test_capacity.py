@@ -1,4 +1,4 @@
-"""Eq 3 and Algorithm 1: who is served."""
+"""Eq 3 and Algorithm 1: which pairs are kept."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_near_uniform_gates_are_ordered_by_probability_although_p_minus_i_would_
     assert {token for token, expert in pairs if expert == 20} == {5, 6, 7}
 
 
-def test_later_ranks_are_looked_at_until_every_expert_is_full() -> None:
-    # expert 5 is everybody's last choice, expert 4 nobody's
+def test_columns_are_counted_until_every_expert_is_full() -> None:
+    # every token chooses expert 5 last, and no token chooses expert 4
     generator = torch.Generator().manual_seed(3)
     choices = [[*torch.randperm(4, generator=generator).tolist(), 5] for _ in range(50)]
     score_TE = torch.rand(50, 6, generator=generator)
@@ -97,7 +97,7 @@ def test_later_ranks_are_looked_at_until_every_expert_is_full() -> None:
     assert columns_until_full(chosen.expert_TK, chosen.chosen_TK, torch.tensor([2, 2, 2, 2, 0, 0])) == 2
 
 
-def test_batches_too_long_for_one_key_serve_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_too_long_for_one_key_keep_the_same_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     score_TE = torch.randint(0, 4, (60, 3), generator=generator) / 4
     choices = [[0, 2], [1], [2, 1, 0]] * 20

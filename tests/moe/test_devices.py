@@ -1,4 +1,4 @@
-"""What GPUs compute: run on CPU tensors by answering ``host.on_cpu`` with no, and on a GPU where there is one."""
+"""The way that GPUs take: on CPU tensors with ``host.on_cpu`` replaced by False, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def assert_same_step(one: tuple[Any, ...], other: tuple[Any, ...], relative: flo
 @pytest.mark.parametrize("settings", [{}, {"capacity_factor": 0.5, "min_capacity": 1}, {"capacity_factor": None}])
 @pytest.mark.parametrize("compute", ["auto", *PATHS])
 @pytest.mark.parametrize("case", ROUTERS)
-def test_without_looking_the_same_is_decided_and_computed(
+def test_without_reading_values_plan_and_output_are_the_same(
     case: str, compute: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = step(tiny_layer(case, compute=compute, **settings))
@@ -50,7 +50,7 @@ def test_without_looking_the_same_is_decided_and_computed(
 
 
 @pytest.mark.parametrize("case", ["threshold", "adamoe", "hash"])
-def test_without_looking_decisions_are_those_of_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_reading_values_plans_are_those_of_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "on_cpu", lambda tensor: False)
     layer = tiny_layer(case, capacity_factor=0.7, min_capacity=1)
     x, ids = tokens(COUNT), torch.arange(COUNT)
@@ -89,7 +89,7 @@ def test_the_host_waits_for_the_list_of_pairs_and_with_padding_for_the_capacity(
 
 
 class Waits(TorchDispatchMode):
-    """Operations whose result, or whose size of it, the host must know: on a GPU it waits for them."""
+    """Names of the operations for whose result, or size of result, a CPU waits if the tensors are on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""MoELayer against the slow reference, and what a user may do to it."""
+"""MoELayer against the slow reference, and under everything that training and users do with it."""
 
 from __future__ import annotations
 
@@ -387,7 +387,7 @@ def test_jitter_and_noise_act_in_training_only() -> None:
         assert not torch.equal(noisy(x)[0], noisy(x)[0])
 
 
-def test_noise_changes_who_is_chosen_but_not_the_weight() -> None:
+def test_noise_changes_the_choice_but_not_the_weight() -> None:
     layer = tiny_layer("top_k", router_noise="gumbel", capacity_factor=None)
     x = tokens(200)
     prob = (x @ layer.router.weight.t()).softmax(-1)

@@ -92,7 +92,7 @@ def test_base_assigns_at_least_as_well_as_the_released_auction() -> None:
 
 def test_base_at_inference_takes_the_best_expert_with_the_same_weight() -> None:
     case, layer = load("base_cf1_eval")
-    # the official code drops by token order at test; here whom to drop is a question of priority, so drop nobody
+    # at inference the official code drops by token order, this package by priority: compare without drops
     layer = MoELayer(dataclasses.replace(layer.config, eval_capacity_factor=None)).eval()
     layer.load_state_dict(load("base_cf1_eval")[1].state_dict())
     y, plan = layer(case["x"])

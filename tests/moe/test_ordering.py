@@ -35,7 +35,7 @@ def test_not_contiguous_rows() -> None:
     assert torch.equal(sort_descending(prob_ET.t())[1], prob_ET.t().argsort(descending=True, stable=True))
 
 
-def test_tally_and_nonzero() -> None:
+def test_counting_and_nonzero() -> None:
     index = torch.tensor([[3, 0], [3, 1]])
     assert count_indices(index, 5, torch.tensor([[True, True], [True, False]])).tolist() == [1, 0, 0, 2, 0]
     assert count_indices(index[:0], 2).tolist() == [0, 0]

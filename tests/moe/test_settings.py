@@ -1,4 +1,4 @@
-"""Settings that a router declares: keywords of MoEConfig, refused elsewhere, said once."""
+"""Settings that a router declares: keywords of MoEConfig, refused with other routers, each name declared once."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ A tensor's name ends in its axes, one letter each, the same in every file of thi
     S  source ranks
     T  tokens of the flattened batch, padding included; beside B the positions of a sentence
     U  sentences whose merged matrices are kept
+    V  symbols of the vocabulary
     X  numbers of one expert's matrix or bias, flattened
 
 A digit is an axis of that length: ``weight_R1``.

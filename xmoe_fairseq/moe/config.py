@@ -1,4 +1,4 @@
-"""What a mixture-of-experts layer is made of: one frozen record that checks itself."""
+"""MoEConfig: the settings of one mixture-of-experts layer, as a frozen record that checks itself."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class MoEConfig:
     """Shape, router and capacity of one mixture-of-experts feed-forward layer.
 
     ``MoEConfig(embed_dim, num_experts, expert_dim, router="threshold", threshold=0.9, capacity_factor=2.0, ...)`` takes
-    the fields below and the settings that routers declare (routers/), all by name; the latter read as attributes too:
-    ``config.threshold``. Each field is declared once, with its help, for flags, YAML, checkpoints and errors.
+    the fields below and the settings that routers declare (routers/), all by name; both are attributes of the record,
+    e.g. ``config.threshold``. A field's declaration has its help; flags, YAML, checkpoints and errors are made from it.
 
     Attributes:
         router: a registered name: threshold, top_k, switch, hash, base, adamoe, or one of your own.

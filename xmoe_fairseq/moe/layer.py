@@ -19,7 +19,7 @@ from .registry import LAYERS, register_layer, router_class
 
 
 class _BuildsItsKind(type):
-    """``MoELayer(config)`` builds the class registered for ``config.layer_kind``; subclasses build themselves."""
+    """``MoELayer(config)`` builds the class registered for ``config.layer_kind``; a subclass builds itself."""
 
     def __call__(cls, config: MoEConfig) -> Any:
         routed: Any = LAYERS["routed"]
@@ -74,9 +74,9 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
 
         Args:
             x: floating point (..., D).
-            padding: bool (...), True at padding: not routed, not counted in capacity, loss or statistics; output 0.
-            token_ids: int64 (...), vocabulary indices; only the hash router needs them.
-            context: only merged experts look at it (merged/layer.py).
+            padding: bool (...), True at padding, which is not routed and not counted anywhere; the output there is 0.
+            token_ids: int64 (...), vocabulary indices; required by the hash router.
+            context: used by merged experts alone (merged/layer.py).
         Returns:
             ``y`` like ``x``, and the plan that was computed.
         Raises:
@@ -107,7 +107,7 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
         real_T = None if padding is None else ~padding.reshape(-1).bool()
         x_TD = x.reshape(-1, x.size(-1))
         if real_T is not None:
-            # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+            # a NaN at padding would reach the gradient of shared weights as 0 * NaN
             x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
         return x_TD, real_T, None if token_ids is None else token_ids.reshape(-1)
 
@@ -117,7 +117,7 @@ def _inside(part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[in
 
 
 class SharedExpert(nn.Module):
-    """One FFN that every token passes, whatever it chose (DeepSeekMoE, arXiv 2401.06066); output 0 at padding."""
+    """A dense FFN for all tokens beside the chosen experts (DeepSeekMoE, arXiv 2401.06066); output 0 at padding."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Names to classes: the routers with their settings, and the kinds of layer.
 
-``MoEConfig`` asks here which settings there are and who checks them, ``build_layer`` asks what to build. The classes
-enter themselves where they are defined, so neither imports them.
+``MoEConfig`` reads the settings and the checks here, ``build_layer`` the classes. Each class registers itself where it
+is defined, so that neither of them imports it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .settings import Setting
 
 
 class RouterType(Protocol):
-    """What is used of a router class without an instance; ``routers/router.py`` has the base class."""
+    """The part of a router class that is used without an instance; ``routers/router.py`` has the base class."""
 
     settings: tuple[Setting, ...]
     unused: tuple[str, ...]
@@ -31,7 +31,7 @@ class RouterType(Protocol):
 
 
 class LayerType(Protocol):
-    """What is used of a layer class without an instance."""
+    """The part of a layer class that is used without an instance."""
 
     own_defaults: dict[str, Any]
 

@@ -1,6 +1,6 @@
-"""A setting, described once: flags, YAML, checkpoints, errors and reports all read it from here.
+"""Description of a setting, from which flags, YAML, checkpoints, errors and reports are made.
 
-Settings that every layer has are fields of ``MoEConfig``; a router's own are declared by its class.
+Settings that every layer has are fields of ``MoEConfig``; a router's own settings are declared by its class.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Setting:
     Attributes:
         name: keyword of ``MoEConfig``.
         kind: int, float, bool or str.
-        default: the value where nobody gives one; None is a value only of an ``optional`` setting.
+        default: the value if none is given; it may be None if the setting is ``optional``.
         help: one line for ``--help``: unit, range, meaning of none.
-        check: True for a value that is allowed; None, which ``optional`` allows, is never asked about.
+        check: returns True for a value that is allowed; it is not called for None.
         allowed: what the error says after "must".
         optional: None is allowed too (on a command line and in YAML: none, null).
         choices: the values that are allowed; None: all that pass ``check``.
-        flat: its one name in flags, YAML, checkpoints and errors; ``moe_`` + name unless given.
-        shown: how a description of a model shows it, e.g. "t {}"; empty: it does not.
+        flat: its name in flags, YAML, checkpoints and errors; ``moe_`` + name unless given.
+        shown: its format in descriptions of a model, e.g. "t {}"; empty: not in descriptions.
         per_layer: a model may give a list, one value for each MoE layer.
         in_layer: value and number of a layer -> what the layer gets, where layers must differ; None: the value itself.
-        ignored_elsewhere: other routers ignore it, so that a checkpoint can be run with another router; without this a
-            value that is not the default is an error there.
+        ignored_elsewhere: True: other routers ignore it, so that a checkpoint can be run with another router. False:
+            with another router a value that is not the default is an error.
     """
 
     name: str

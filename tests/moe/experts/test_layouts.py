@@ -1,4 +1,4 @@
-"""Rows by expert and back by token."""
+"""Dispatch and combine: rows gathered by expert and summed by token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_each_token_comes_back_from_the_experts_it_was_sent_to(compute: str) -> 
 
 
 def reveal(layer: MoELayer) -> MoELayer:
-    """Expert e answers e + 1 whatever it is asked."""
+    """Experts of which expert e returns e + 1 for every input."""
     with torch.no_grad():
         layer.experts.w2.zero_()
         layer.experts.b2.copy_((torch.arange(6) + 1.0).unsqueeze(-1).expand(6, 8))

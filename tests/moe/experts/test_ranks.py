@@ -78,7 +78,7 @@ def check_state() -> None:
 
 
 def check_bytes(autocast: bool) -> None:
-    """What leaves the ranks in a forward and backward pass is what the cost model says."""
+    """The bytes that ranks send in a forward and backward pass equal the cost model's."""
     rank, world = dist.get_rank(), num_ranks()
     leaving = 0
     stock = dist.all_to_all_single

@@ -1,4 +1,4 @@
-"""MEO against plain loops, and what must hold whatever the weights: the invariants of its specification."""
+"""MEO against plain loops, and the invariants of its specification."""
 
 import copy
 import math
@@ -228,7 +228,7 @@ def test_ties_go_to_the_lower_expert():
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most numbers that any operation put out."""
+    """The size of the largest tensor that any operation returned."""
 
     numbers = 0
 

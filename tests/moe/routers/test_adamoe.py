@@ -78,7 +78,7 @@ def test_which_null_was_chosen_does_not_change_the_loss_but_true_experts_do() ->
 
 
 def test_skewed_nulls_are_averaged() -> None:
-    # all tokens take null 3, nobody null 4; probabilities skewed alike: averaging lowers the loss
+    # all tokens take null expert 3 and none null expert 4; probabilities are skewed alike, so averaging lowers the loss
     prob_TG = torch.tensor([[2, 1, 1, 4, 0]] * 4) / 8
     got = terms(prob_TG, [[3, 0], [3, 0], [3, 1], [3, 2]], 3)
     plain = 5 * (torch.tensor([0.5, 0.25, 0.25, 1, 0]) * prob_TG[0]).sum()
@@ -105,7 +105,7 @@ def test_a_null_that_takes_all_the_mass_leaves_finite_gradients() -> None:
     assert torch.isfinite(layer.router.weight.grad).all()
 
 
-def test_capacity_counts_ranks_among_true_choices() -> None:
+def test_capacity_orders_by_true_choices() -> None:
     layer = tiny_layer("adamoe", num_null_experts=3, top_k=3, capacity_factor=0.5, min_capacity=1)
     x = tokens(50)
     _, plan = layer(x)

@@ -19,7 +19,7 @@ def scores(kind: str, num_tokens: int, num_experts: int) -> Tensor:
     if kind == "sentences":  # neighbours are alike
         sentence = randn(num_tokens // 32 + 1, 16).repeat_interleave(32, dim=0)[:num_tokens]
         return (sentence + 0.3 * randn(num_tokens, 16)) @ randn(16, num_experts)
-    if kind == "skewed":  # a few experts are everybody's favourites
+    if kind == "skewed":  # all tokens prefer the same few experts
         return randn(num_tokens, num_experts) + 3 * randn(num_experts)
     if kind == "words":  # few different rows, many times each
         return randn(20, num_experts)[torch.randint(20, (num_tokens,), generator=generator)]

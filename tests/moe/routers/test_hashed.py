@@ -50,7 +50,7 @@ def test_same_expert_on_every_call_position_and_batch_at_weight_1() -> None:
     assert plan.balance_loss.item() == 0
 
 
-def test_the_seed_travels_with_the_state() -> None:
+def test_the_seed_is_part_of_the_state() -> None:
     saved, loaded = tiny_layer("hash", hash_seed=5), tiny_layer("hash", hash_seed=6)
     loaded.load_state_dict(saved.state_dict())
     ids = torch.arange(100)

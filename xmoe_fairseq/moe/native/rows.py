@@ -1,7 +1,5 @@
 """Linear maps of few rows by expert: the C++ library on a CPU that has it, torch's operators elsewhere.
 
-Axis letters: R input rows; A assignments, sorted by expert; E experts; I, O input and output width; T tokens.
-
 int8: a weight is ``scale[e, o] * w[e, o, i]`` with w in -127 .. 127 (one scale per output channel); an input row is
 ``scale[r] * (q[r, i] + shift[r])`` with q in -128 .. 127, its own scale and zero, so that no row depends on another.
 Sums are exact integers and the float epilogue is the same sequence of rounded operations everywhere, so every path

@@ -1,7 +1,4 @@
-"""Experts for inference with int8 or bfloat16 weights.
-
-Axis letters: T tokens; D model width; E experts; F hidden units of one expert; A assignments, sorted by expert.
-"""
+"""Experts for inference with int8 or bfloat16 weights."""
 
 from __future__ import annotations
 

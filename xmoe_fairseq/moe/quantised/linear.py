@@ -1,7 +1,4 @@
-"""Linear maps and embeddings with int8 weights, for inference; and a model whose maps are exchanged for them.
-
-Axis letters: R rows; I, O input and output width; V symbols.
-"""
+"""Linear maps and embeddings with int8 weights, for inference; and a model whose maps are exchanged for them."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ from .top_k import TopKRouter
 
 @register_router("adamoe")
 class AdaMoERouter(TopKRouter):
-    """Top-k over E + m gates; weights are renormalised over the chosen true experts; nulls leave before capacity.
+    """Top-k over E experts and m null experts; weights are renormalised over a token's chosen true experts.
 
-    A token whose k choices are all null experts passes unchanged (its output is 0); k > m forbids that. State:
+    Choices of null experts are removed before capacity. A token whose k choices are all null experts has output 0; with
+    k > m there is none. State:
     ``weight`` (E + m, D), true experts first.
     """
 

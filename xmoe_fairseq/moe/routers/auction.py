@@ -4,8 +4,6 @@ Tokens bid for experts, an expert keeps its best bids, and its price is the lowe
 epsilon, the result is within N * epsilon of the largest possible sum of scores (Bertsekas and Castanon 1989, auctions
 for transportation problems). Prices start near their optimum, from a few rounds of Sinkhorn's scaling, so that
 some tens of rounds suffice; any start leaves the bound.
-
-Axis letters: N tokens; E experts.
 """
 
 from __future__ import annotations

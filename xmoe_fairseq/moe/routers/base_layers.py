@@ -23,8 +23,9 @@ EXACT_TOKENS = 1024
 def balanced_assignment(score_NE: Tensor) -> Tensor:
     """Give each expert floor(N / E) or ceil(N / E) tokens with the largest possible sum of scores.
 
-    Exact for up to ``EXACT_TOKENS`` tokens of a CPU; more, and all on other devices, by an auction there, whose sum is
-    within N * 0.002 standard deviations of the scores of the largest (auction.py; measured: within N * 0.00001).
+    The assignment is exact for up to ``EXACT_TOKENS`` tokens on a CPU. More tokens, and all tokens on other devices,
+    are assigned by an auction on the device. Its sum is less than the largest by at most N * 0.002 standard deviations
+    of the scores (auction.py; measured: N * 0.00001).
 
     Args:
         score_NE: float, larger is better; values that are not finite count as 0.
@@ -32,7 +33,7 @@ def balanced_assignment(score_NE: Tensor) -> Tensor:
         int64 (N,) on the device of ``score_NE``.
     """
     num_tokens, num_experts = score_NE.shape
-    # a NaN must reach the loss, where training looks for it and names its layer, not stop the assignment here
+    # scores that are not finite become 0 here; the gate still has the NaN, which training finds in the loss
     score_NE = score_NE.detach().double().nan_to_num(0.0, 0.0, 0.0)
     if num_experts == 1:
         return torch.zeros(num_tokens, dtype=torch.int64, device=score_NE.device)
@@ -43,7 +44,7 @@ def balanced_assignment(score_NE: Tensor) -> Tensor:
 
 
 def exact_assignment(score_NE: np.ndarray) -> np.ndarray:
-    """int64 (N,) of float64 scores, on the host: places to the right, tokens (and fillers) down."""
+    """int64 (N,) from float64 scores, on the CPU, as an assignment of rows (tokens, fillers) to columns (places)."""
     num_tokens, num_experts = score_NE.shape
     if num_tokens == 0:
         return np.empty(0, dtype=np.int64)
@@ -51,7 +52,7 @@ def exact_assignment(score_NE: np.ndarray) -> np.ndarray:
     expert_of_place = np.repeat(np.arange(num_experts), each)
     value = score_NE[:, expert_of_place]
     if extra:
-        # every expert offers one more place; fillers, which fit only there, take those that stay empty
+        # every expert has one more place; E - extra filler rows, allowed only in these places, take the unused ones
         fillers = num_experts - extra
         never = -1e6 * (1.0 + np.abs(score_NE).max())
         filler_value = np.concatenate([np.full((fillers, value.shape[1]), never), np.zeros((fillers, num_experts))], 1)
@@ -65,10 +66,10 @@ def exact_assignment(score_NE: np.ndarray) -> np.ndarray:
 
 @register_router("base")
 class BaseLayersRouter(Router):
-    """Training: balanced assignment over the real tokens of this rank. Test: arg-max. Weight: sigmoid of the score.
+    """In training a balanced assignment of this rank's tokens, at inference the best expert; weight = sigmoid(score).
 
-    No balance loss: the assignment is balanced. Expert vectors start nearly orthogonal with a small gain, as in the
-    original.
+    There is no balance loss, because the assignment is balanced. Expert vectors are initialised nearly orthogonal with
+    a small gain, as in the paper's code.
     """
 
     unused = ("normalize_weights", "z_loss_weight")
@@ -97,7 +98,7 @@ class BaseLayersRouter(Router):
         )
 
     def _expert(self, score_TE: Tensor, real_T: Tensor | None) -> Tensor:
-        """int64 (T, 1); rows of padding hold some expert that nobody reads."""
+        """int64 (T, 1); the value at padding is not used."""
         expert_T = score_TE.detach().argmax(dim=-1)
         if self.training:
             if real_T is None:

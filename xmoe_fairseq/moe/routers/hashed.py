@@ -25,9 +25,9 @@ def hash_experts(token_ids: Tensor, seed: Tensor, num_experts: int) -> Tensor:
 
 @register_router("hash")
 class HashRouter(Router):
-    """One expert a token, chosen by its vocabulary index; weight 1; nothing to learn, nothing to balance.
+    """One expert per token, a hash of its vocabulary index, with weight 1. It has no parameters and no balance loss.
 
-    State: buffer ``seed`` int64, so that a checkpoint keeps its hash.
+    State: buffer ``seed`` int64, so that a checkpoint keeps its hash function.
     """
 
     seed: Tensor

@@ -1,7 +1,4 @@
-"""What every router shares: the gate's weights and the float32 probabilities.
-
-Axis letters: T tokens, padding included; D model width; E experts; G gates (E, and null experts where there are any).
-"""
+"""The base class of routers: the gate's weights, the float32 probabilities, and helpers for ``Choices``."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from ..config import MoEConfig
 from ..plan import Choices
 from ..settings import Setting
 
-# Chosen experts that together have less probability than this have none: null experts took it all.
+# Smallest sum of chosen probabilities that weights are divided by; below it null experts have all the probability.
 LEAST_MASS = 1e-30
 
 
@@ -64,17 +61,17 @@ class Router(nn.Module):
         return None
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
-        """Decide for one batch.
+        """The choices of one batch.
 
         Args:
             prob_TG: float32 with gradient, rows sum to 1.
-            real_T: bool, False at padding; None when nothing is padding.
+            real_T: bool, False at padding; None: no padding.
             token_ids_T: int64 vocabulary indices, or None.
         """
         raise NotImplementedError(f"{type(self).__name__} must define choose()")
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
-        """Scores are float32, under autocast and in half precision too."""
+        """Choices of the tokens; probabilities are float32, also under autocast and in half precision."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TG = self._router_input(x_TD) @ self.weight.float().t()
             prob_TG = logits_TG.softmax(dim=-1)
@@ -103,17 +100,17 @@ def probability_choices(
 
     Args:
         prob_TE: float32 with gradient.
-        expert_TK: int64, experts from first choice to last, all different in a row.
-        chosen_TK: bool, False where a rank is not taken; None when all are.
-        real_T: bool, False at padding; None when nothing is padding.
-        score_TK: float32 >= 0, who is served first within a rank; None: the probability.
-        balance: None: Eq 7 over first choices.
+        expert_TK: int64, the experts of a token from first choice to last, all different.
+        chosen_TK: bool, False where the token does not take the choice; None: it takes all.
+        real_T: bool, False at padding; None: no padding.
+        score_TK: float32 >= 0; within a column an expert keeps higher scores first. None: the probability.
+        balance: terms of the balance loss; None: Eq 7 over first choices.
     """
     chosen_TK = real_choices(expert_TK, chosen_TK, real_T)
     weight_TE = prob_TE
     if normalize:
         mass_T1 = torch.where(chosen_TK, prob_TE.gather(1, expert_TK), 0.0).sum(dim=-1, keepdim=True)
-        # below this the gradient 1 / mass would overflow; the weights of such a token stay what they are, next to 0
+        # for a smaller mass the gradient 1 / mass would overflow; such a token keeps its weights, which are near 0
         weight_TE = prob_TE / torch.where(mass_T1 > LEAST_MASS, mass_T1, 1.0)
     return Choices(
         expert_TK=expert_TK,
@@ -126,7 +123,7 @@ def probability_choices(
 
 
 def real_choices(expert_TK: Tensor, chosen_TK: Tensor | None, real_T: Tensor | None) -> Tensor:
-    """bool (T, K): what a token takes (``chosen_TK``; None: every rank), nothing at padding."""
+    """bool (T, K): ``chosen_TK`` (None: all True) with False at padding."""
     if chosen_TK is None:
         chosen_TK = torch.ones_like(expert_TK, dtype=torch.bool)
     return chosen_TK if real_T is None else chosen_TK & real_T.unsqueeze(-1)
@@ -146,7 +143,7 @@ def _with_statistics(
 
 
 def mean_over_real(value_T: Tensor, real_T: Tensor | None) -> Tensor:
-    """Mean over the tokens that are not padding; 0 when there are none."""
+    """Mean over the tokens that are not padding; 0 if there are none."""
     if real_T is None:
         return value_T.sum() / max(value_T.numel(), 1)
     return torch.where(real_T, value_T, 0.0).sum() / real_T.sum().clamp(min=1)

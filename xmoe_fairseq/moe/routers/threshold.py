@@ -29,7 +29,7 @@ def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
     num_tokens, num_experts = sorted_TE.shape
     if threshold >= 1.0:
         return torch.full((num_tokens,), num_experts, device=sorted_TE.device)
-    # float32 sums would lose the experts of the tail; integer sums are the same in any order, so on any device
+    # float32 sums would round the smallest probabilities away; integer sums are the same in any order
     mass_TE = (sorted_TE[:, :-1].double() * _UNITS).long().cumsum(dim=-1)
     return (mass_TE < math.ceil(threshold * _UNITS)).sum(dim=-1) + 1
 
@@ -38,8 +38,8 @@ def count_to_reach(sorted_TE: Tensor, threshold: float) -> Tensor:
 class ThresholdRouter(Router):
     """Fewest top experts whose mass reaches ``threshold``; weight = raw probability; Eq 7 balances first choices.
 
-    ``max_experts`` stops earlier. Training under a tight capacity serves about gamma experts of the many a token may
-    want; at inference, where nothing is dropped, the same limit per token keeps what is added up like what was trained,
+    ``max_experts`` is a limit per token. Training under a tight capacity keeps about gamma experts of the many that a
+    token may want. At inference, where nothing is dropped, the same limit gives sums of as many experts as in training,
     and unlike a capacity it does not depend on the batch.
     """
 
