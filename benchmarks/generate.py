@@ -1,58 +1,151 @@
-"""Sentences per second of ``fairseq-generate`` for several checkpoints on the same data, in turns.
+"""Sentences per second, memory and file size of ``fairseq-generate`` for several checkpoints, in turns.
 
     xmoe bench generate --data DATA_BIN dense=DIR/checkpoints/averaged.pt xmoe=DIR/checkpoints/averaged.pt
+    xmoe bench generate --random DIR --batch-sizes 1 64 --beams 1 5 [--ctranslate2]
 
 The first checkpoint is what the others are compared with. A name may carry settings for its model:
-``"xmoe t 0.7"=PATH@{'moe_threshold': 0.7}``. Times are fairseq's own: search included, loading left out.
+``"xmoe t 0.7"=PATH@{'moe_threshold': 0.7}``. Times are fairseq's own: search included, loading left out. Memory is the
+process's largest resident set. ``--random`` makes models of xmoe_transformer's size with random weights (12 + 6 layers,
+64 experts of 1,024, two a token: the dense price), dense and sparse, float32, bfloat16 and int8 (benchmarks/
+random_models.py), and gives all translations one length; ``--ctranslate2`` times its int8 of the dense one beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks.common import table, write_result
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import CommandParser, command_parser
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
 _SUMMARY = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
+LENGTH = 24  # tokens of every translation of a random model
+CTRANSLATE2 = "CTranslate2, dense int8"
 
 
-def generate(path: str, overrides: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Sentences and tokens per second of one run."""
-    command = ["fairseq-generate", str(options.data), "--user-dir", str(USER_DIR), "--path", path, "--quiet"]
-    command += [
-        "--beam",
-        str(options.beam),
-        "--batch-size",
-        str(options.batch_size),
-        "--required-batch-size-multiple",
-        "1",
-    ]
-    command += ["--model-overrides", overrides, "--num-workers", "0"]
+class Run(NamedTuple):
+    """Sentences and tokens per second, and the largest resident set in bytes."""
+
+    sentences: float
+    tokens: float
+    memory: float
+
+
+class Search(NamedTuple):
+    """One cell of the table."""
+
+    batch_size: int
+    beam: int
+
+
+def generate(path: str, overrides: str, search: Search, options: argparse.Namespace) -> Run:
+    """One run of fairseq-generate in a process of its own."""
+    command = ["fairseq-generate", options.data, "--user-dir", USER_DIR, "--path", path, "--quiet"]
+    command += ["--beam", search.beam, "--batch-size", search.batch_size, "--required-batch-size-multiple", 1]
+    command += ["--model-overrides", overrides, "--num-workers", 0]
     command += ["--cpu"] if options.device == "cpu" else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    match = _SUMMARY.search(done.stdout + done.stderr)
-    if done.returncode or not match:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    command += ["--min-len", LENGTH, "--max-len-a", 0, "--max-len-b", LENGTH] if options.random else []
+    output, memory = _watched([str(word) for word in command])
+    match = _SUMMARY.search(output)
+    if not match:
+        sys.exit(f"{' '.join(map(str, command))} did not say how long it took:\n{output[-2000:]}")
     sentences, tokens = (float(match[group].replace(",", "")) for group in (1, 2))
-    return sentences / float(match[3]), tokens / float(match[3])
+    return Run(sentences / float(match[3]), tokens / float(match[3]), memory)
 
 
-def main() -> None:
+def ctranslate2(checkpoint: str, search: Search, options: argparse.Namespace) -> tuple[Run, int]:
+    """One run of CTranslate2's int8, and the bytes of its files."""
+    command = [sys.executable, "-m", "benchmarks.ctranslate2_model", "--checkpoint", checkpoint]
+    command += ["--data", str(options.data), "--beam", str(search.beam), "--batch-size", str(search.batch_size)]
+    output, memory = _watched([*command, "--length", str(LENGTH)])
+    facts = json.loads(output.splitlines()[-1])
+    return Run(facts["sentences"], facts["tokens"], memory), facts["bytes"]
+
+
+def _watched(command: list[str]) -> tuple[str, float]:
+    """Both outputs of a command, and its largest resident set in bytes; ends this process if the command fails."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{text[-2000:]}")
+    return text, usage.ru_maxrss * 1024.0
+
+
+def measure(chosen: dict[str, tuple[str, str]], search: Search, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every checkpoint in turns; medians."""
+    names = [*chosen, CTRANSLATE2] if options.ctranslate2 else list(chosen)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    size = {name: Path(path).stat().st_size for name, (path, _) in chosen.items()}
+    for _ in range(options.rounds):
+        for name, (path, overrides) in chosen.items():
+            runs[name].append(generate(path, overrides, search, options))
+        if options.ctranslate2:
+            run, size[CTRANSLATE2] = ctranslate2(chosen["dense float32"][0], search, options)
+            runs[CTRANSLATE2].append(run)
+    rows = []
+    for name, found in runs.items():
+        middle = Run(*(statistics.median(column) for column in zip(*found, strict=True)))
+        rows.append(
+            {
+                "batch": search.batch_size,
+                "beam": search.beam,
+                "model": name,
+                "sentences/s": middle.sentences,
+                "tokens/s": middle.tokens,
+                "ratio": middle.sentences / (rows[0]["sentences/s"] if rows else middle.sentences),
+                "memory_MB": middle.memory / 1e6,
+                "file_MB": size[name] / 1e6,
+            }
+        )
+    return rows
+
+
+def _parser() -> CommandParser:
     parser = command_parser("bench generate", __doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="NAME=PATH[@OVERRIDES]")
-    parser.add_argument("--data", type=Path, required=True, help="binarised data with a test split")
-    parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("checkpoints", nargs="*", metavar="NAME=PATH[@OVERRIDES]")
+    add("--data", type=Path, help="binarised data with a test split")
+    add("--random", type=Path, metavar="DIR", help="make models with random weights here (4.5 GB) and time those")
+    add("--models", nargs="+", metavar="NAME", help="of the random models, the dense float32 one first (default: all)")
+    add("--sentences", type=int, default=128, help="of the random test set (default 128)")
+    add("--ctranslate2", action="store_true", help="also CTranslate2's int8 (pip install ctranslate2)")
+    add("--beams", type=int, nargs="+", default=[5])
+    add("--batch-sizes", type=int, nargs="+", default=[16])
+    parser.old_name("--beam", "--beams")
+    parser.old_name("--batch-size", "--batch-sizes")
+    add("--rounds", type=int, default=3)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--out", help="where the JSON goes (default: benchmarks/results/)")
+    return parser
+
+
+def _chosen(parser: CommandParser, options: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Name -> (checkpoint, overrides)."""
+    if bool(options.random) == bool(options.checkpoints):
+        parser.error("give checkpoints and --data, or --random DIR")
+    if options.random:
+        from benchmarks.random_models import MODELS, make_checkpoints, make_data
+
+        names = options.models or list(MODELS)
+        if unknown := sorted(set(names) - set(MODELS)):
+            parser.error(f"--models {', '.join(unknown)}: choose from {', '.join(MODELS)}")
+        options.data = make_data(options.random, options.sentences)
+        return {name: (path, "{}") for name, path in make_checkpoints(options.random, options.data, names).items()}
+    if options.data is None or options.ctranslate2:
+        parser.error("checkpoints need --data, and --ctranslate2 needs --random")
     chosen = {}
     for text in options.checkpoints:
         name, separator, rest = text.partition("=")
@@ -60,24 +153,24 @@ def main() -> None:
             parser.error(f"wants NAME=PATH, got {text!r}")
         path, _, overrides = rest.partition("@")
         chosen[name] = (path, overrides or "{}")
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
-    for _ in range(options.rounds):
-        for name, (path, overrides) in chosen.items():
-            runs[name].append(generate(path, overrides, options))
-    medians = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in runs.items()}
-    base = next(iter(medians.values()))[0]
-    rows = [{"model": n, "sentences/s": s, "tokens/s": t, "ratio": s / base} for n, (s, t) in medians.items()]
-    print(table(rows, ["model", "sentences/s", "tokens/s", "ratio"]))
-    overrides = {name: override for name, (_, override) in chosen.items()}
-    settings = {"beam": options.beam, "batch_size": options.batch_size, "overrides": overrides}
-    print(
-        "written:",
-        write_result(
-            f"generate-{options.device}",
-            {"rows": rows, "settings": settings},
-            options.out,
-        ),
-    )
+    return chosen
+
+
+def main() -> None:
+    parser = _parser()
+    options = parser.parse_args()
+    chosen = _chosen(parser, options)
+    rows = []
+    for batch_size in options.batch_sizes:
+        for beam in options.beams:
+            rows += measure(chosen, Search(batch_size, beam), options)
+    print(table(rows, list(rows[0])))
+    settings = {
+        "sentences": options.sentences if options.random else None,
+        "overrides": {name: override for name, (_, override) in chosen.items()},
+    }
+    result = {"rows": rows, "settings": settings}
+    print("written:", write_result(f"generate-{options.device}", result, options.out))
 
 
 if __name__ == "__main__":

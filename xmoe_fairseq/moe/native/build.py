@@ -33,8 +33,8 @@ UNITS: dict[str, tuple[str, ...]] = {
 
 def library_file() -> Path:
     """Where the library of these sources lies: a changed source has another name, so an old build is never loaded."""
-    digest = hashlib.sha256()
-    for name in ("build.py", "rows.h", "rows_body.h", *UNITS):
+    digest = hashlib.sha256(repr((FLAGS, UNITS)).encode())
+    for name in ("rows.h", "rows_body.h", *UNITS):
         digest.update((SOURCES / name).read_bytes())
     return SOURCES / f"rows-{digest.hexdigest()[:12]}.so"
 
