@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -15,11 +14,14 @@ def when_imported(name: str, act: Callable[[], None]) -> None:
     if sys.modules.get(name) is not None:
         act()
     else:
-        sys.meta_path.insert(0, _Watcher(name, act))
+        sys.meta_path.insert(0, _Watcher(name, act))  # type: ignore[arg-type]
 
 
-class _Watcher(MetaPathFinder):
-    """Finds one module as the other finders do, and adds a step to the end of its execution."""
+class _Watcher:
+    """A finder of sys.meta_path: finds one module as the other finders do, and adds a step to the end of its execution.
+
+    Without the base class of importlib.abc, whose import takes longer than all else that ``xmoe --help`` needs.
+    """
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:
         self.name, self.act, self.is_asking_others = name, act, False

@@ -6,7 +6,6 @@ all others from the checkout that the package lies in.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import __version__
+from .command_line import reports_errors
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -151,6 +151,7 @@ def environment() -> dict[str, str]:
     return found
 
 
+@reports_errors("xmoe")
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = arguments[0] if arguments else ""
@@ -163,16 +164,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     found = find(arguments)
     if found is not None:
-        try:
-            line = command_line(*found)
-        except FileNotFoundError as error:
-            print(f"xmoe: error: {error}", file=sys.stderr)
-            return 1
+        line = command_line(*found)
         os.execvpe(line[0], line, environment())  # replaces this process: exit code and signals are the command's own
     if first in families and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
         print(help_text(first), file=sys.stdout if len(arguments) > 1 else sys.stderr)
         return 0 if len(arguments) > 1 else 2
     name = " ".join(arguments[: 2 if first in families else 1])
+    import difflib
+
     close = difflib.get_close_matches(name, COMMANDS, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "xmoe --help lists all"
     print(f"xmoe: error: no command {name!r}; {hint}", file=sys.stderr)

@@ -6,7 +6,6 @@ Needs the standard library only, so that ``--help`` and the commands without mod
 from __future__ import annotations
 
 import argparse
-import ast
 import functools
 import os
 import re
@@ -194,6 +193,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def parse_overrides(text: str) -> dict[str, Any]:
     """Read fairseq's ``--model-overrides``, a Python dictionary. Raises: ValueError if it is none."""
+    import ast
+
     try:
         overrides = ast.literal_eval(text)
     except (ValueError, SyntaxError):
