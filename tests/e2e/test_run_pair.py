@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.tiny_yaml import MODEL
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
@@ -42,23 +44,11 @@ WORDS = {
     "шість": "six",
     "сім": "seven",
 }
-CONFIG = """
-common: {log_interval: 4}
-task: {_name: translation}
-dataset: {max_tokens: 200, num_workers: 0, required_batch_size_multiple: 1}
-model:
-  _name: xmoe_transformer_tiny
-  encoder_embed_dim: 16
-  decoder_embed_dim: 16
-  encoder_ffn_embed_dim: 32
-  decoder_ffn_embed_dim: 32
-  moe_num_experts: 4
-  moe_expert_dim: 16
-criterion: {_name: label_smoothed_cross_entropy_with_load_balance, label_smoothing: 0.1}
-optimizer: {_name: adam}
-lr_scheduler: {_name: fixed}
-optimization: {lr: [0.01], max_update: 40}
-checkpoint: {save_interval_updates: 4, keep_interval_updates: 3, no_epoch_checkpoints: true}
+CONFIG = f"""{MODEL}
+common: {{log_interval: 4}}
+dataset: {{max_tokens: 200, num_workers: 0, required_batch_size_multiple: 1}}
+optimization: {{lr: [0.01], max_update: 40}}
+checkpoint: {{save_interval_updates: 4, keep_interval_updates: 3, no_epoch_checkpoints: true}}
 """
 
 

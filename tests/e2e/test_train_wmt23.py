@@ -11,27 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.tiny_yaml import MODEL
+
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 WORDS = {"один": "one", "два": "two", "три": "three", "чотири": "four", "п'ять": "five", "шість": "six"}
-CONFIG = """
-task: {_name: translation}
-dataset: {max_tokens: 400, num_workers: 0, required_batch_size_multiple: 1}
-model:
-  _name: xmoe_transformer_tiny
-  encoder_embed_dim: 16
-  decoder_embed_dim: 16
-  encoder_ffn_embed_dim: 32
-  decoder_ffn_embed_dim: 32
-  moe_num_experts: 4
-  moe_expert_dim: 16
-  max_source_positions: 64
-criterion: {_name: label_smoothed_cross_entropy_with_load_balance, label_smoothing: 0.1}
-optimizer: {_name: adam}
-lr_scheduler: {_name: fixed}
-optimization: {lr: [0.01], max_update: 8}
-checkpoint: {save_interval_updates: 4, no_epoch_checkpoints: true}
+CONFIG = f"""{MODEL}  max_source_positions: 64
+dataset: {{max_tokens: 400, num_workers: 0, required_batch_size_multiple: 1}}
+optimization: {{lr: [0.01], max_update: 8}}
+checkpoint: {{save_interval_updates: 4, no_epoch_checkpoints: true}}
 """
 
 
