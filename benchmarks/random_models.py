@@ -80,6 +80,7 @@ def _random_state(arch: str, data: Path, sizes: dict[str, Any]) -> dict[str, Any
     words = Dictionary.load(str(data / "dict.xx.txt"))
     task = TranslationTask(TranslationConfig(data=str(data), source_lang="xx", target_lang="yy"), words, words)
     settings = {"moe_max_experts": 2} if arch == SPARSE else {}
+    sizes = {name: size for name, size in sizes.items() if arch == SPARSE or not name.startswith("moe_")}
     cfg = Namespace(arch=arch, _name=arch, task="translation", share_all_embeddings=True, **{**settings, **sizes})
     ARCH_CONFIG_REGISTRY[arch](cfg)
     cfg.max_source_positions = cfg.max_target_positions = 1024
