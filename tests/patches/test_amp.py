@@ -112,3 +112,24 @@ def test_bfloat16_has_no_scale_and_an_infinity_is_an_error(tmp_path) -> None:
         update(half, 0)
     torch.testing.assert_close(weights(half), before, rtol=0, atol=0)
     assert half.optimizer.scaler.get_scale() == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "fused_adam"])
+@pytest.mark.parametrize(("before", "after"), [((), ("--amp",)), (("--amp",), ()), (("--amp",), ("--amp", "--bf16"))])
+def test_a_training_continues_in_another_precision(tmp_path, before, after, optimizer: str) -> None:
+    first = trainer(*before, "--optimizer", optimizer)
+    update(first, 0)
+    first.consolidate_optimizer()
+    path = str(tmp_path / "checkpoint.pt")
+    first.save_checkpoint(path, {"train_iterator": {"epoch": 1, "iterations_in_epoch": 1, "version": 2}})
+    second = trainer(*after, "--optimizer", optimizer)
+    second.load_checkpoint(path)
+    assert second.get_num_updates() == 1
+    moments = [
+        [slots["exp_avg"] for slots in run.optimizer.optimizer.state_dict()["state"].values()]
+        for run in (first, second)
+    ]
+    assert moments[0]
+    assert all(torch.equal(*pair) for pair in zip(*moments, strict=True))
+    update(second, 1)
+    assert second.get_num_updates() == 2

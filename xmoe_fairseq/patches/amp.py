@@ -53,10 +53,26 @@ def _start(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any
 
 def _build_optimizer(original: Callable[..., None], trainer: Trainer) -> None:
     original(trainer)
+    _accept_other_precision(trainer)
     if isinstance(trainer.optimizer, AMPOptimizer):
         trainer.optimizer.amp_dtype = trainer.amp_dtype
         if trainer.amp_dtype is torch.bfloat16:  # float32's exponents: nothing to scale
             trainer.optimizer._grad_scaler = torch.amp.GradScaler(trainer.device.type, enabled=False)
+
+
+def _accept_other_precision(trainer: Trainer) -> None:
+    """Let a checkpoint of --amp continue in float32, and the other way: the optimiser within is the same.
+
+    fairseq compares class names while it loads, after it has built the optimiser.
+    """
+    history = trainer._optim_history
+    here = type(trainer.optimizer).__name__
+    inner = type(getattr(trainer.optimizer, "fp32_optimizer", None)).__name__
+    saved = history[-1].get("optimizer_name") if history else None
+    from_float32 = here == AMPOptimizer.__name__ and saved == inner
+    to_float32 = saved == AMPOptimizer.__name__ and not (trainer.cfg.common.fp16 or trainer.cfg.common.bf16)
+    if from_float32 or to_float32:
+        history[-1]["optimizer_name"] = here
 
 
 def _build_scaler(

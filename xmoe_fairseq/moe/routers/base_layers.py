@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import (
-    linear_sum_assignment,
-)  # exact, compiled, and everywhere; fairseq's libbase is optional
+from scipy.optimize import linear_sum_assignment  # exact and compiled; fairseq's libbase is optional
 from torch import Tensor
 
+from .. import host
 from ..config import MoEConfig
-from ..host import on_cpu
 from ..plan import Choices
 from ..registry import register_router
 from .auction import auction_assignment
@@ -37,7 +35,7 @@ def balanced_assignment(score_NE: Tensor) -> Tensor:
     score_NE = score_NE.detach().double().nan_to_num(0.0, 0.0, 0.0)
     if num_experts == 1:
         return torch.zeros(num_tokens, dtype=torch.int64, device=score_NE.device)
-    few = num_tokens <= EXACT_TOKENS if on_cpu(score_NE) else num_tokens < 2 * num_experts
+    few = num_tokens <= EXACT_TOKENS if host.on_cpu(score_NE) else num_tokens < 2 * num_experts
     if few or num_tokens < num_experts:
         return torch.from_numpy(exact_assignment(score_NE.cpu().numpy())).to(score_NE.device)
     return auction_assignment(score_NE).expert_N
