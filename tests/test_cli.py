@@ -28,7 +28,13 @@ def test_every_name_leads_somewhere():
 def test_everything_that_can_be_started_has_a_name():
     """A module with a command line, or a script with a usage text, is found by xmoe --help."""
     # steps of scripts, as all of eval/run is
-    inner = {"eval.run_report", "eval.study", "benchmarks.hf_peers", "data_prep.mtdata_index"}
+    inner = {
+        "eval.run_report",
+        "eval.study",
+        "benchmarks.hf_peers",
+        "data_prep.mtdata_index",
+        "benchmarks.ctranslate2_model",
+    }
     targets = {command.target for command in cli.COMMANDS.values()} | inner
     for folder in ("data_prep", "eval", "benchmarks", "xmoe_fairseq"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -149,8 +149,8 @@ def test_every_command_speaks_the_vocabulary(monkeypatch):
             used.setdefault(name, []).append(command.name)
         for new in old.values():
             assert new.words[0] in flags, f"{command.name}: {new.words[0]}"
-    # what these meant where they are retired is another thing than what the vocabulary calls so
-    meant_otherwise = {"--checkpoints", "--input", "--inputs", "--json", "--threshold"}
+    # where these are retired they meant another thing, or several of what the vocabulary calls so
+    meant_otherwise = {"--checkpoints", "--input", "--inputs", "--json", "--threshold", "--beam", "--batch-size"}
     clashes = {name: (retired[name], used[name]) for name in retired if name in used and name not in meant_otherwise}
     assert not clashes
     assert {"--checkpoint", "--data", "--out", "--device", "--thresholds", "--target-lang"} <= set(used)
