@@ -43,7 +43,7 @@ NAN, INF = float("nan"), float("inf")
             {"router": "top_k", "top_k": 2, "max_experts": 2},
             r"moe_max_experts \(2\) works with moe_router threshold, not top_k; set moe_max_experts none",
         ),
-        ({"compute": "gpu"}, r"moe_compute \('gpu'\) must be one of auto, bmm, grouped, loop, masked"),
+        ({"compute": "gpu"}, r"moe_compute \('gpu'\) must be one of auto, triton, bmm, grouped, loop, masked"),
         ({"router": "thresold"}, r"moe_router 'thresold' is not known; choose one of adamoe, base, hash, .*--user-dir"),
         ({"router": "top_k"}, "moe_router top_k needs moe_top_k"),
         ({"router": "adamoe"}, "moe_router adamoe needs moe_top_k"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from .activations import ACTIVATIONS
@@ -82,8 +83,8 @@ class MoEConfig:
     compute: str = declare(
         "auto",
         str,
-        "how experts are computed; auto follows measured rules",
-        choices=("auto", "bmm", "grouped", "loop", "masked"),
+        "how the layer is computed; auto: kernels on CUDA, else measured rules",
+        choices=("auto", "triton", "bmm", "grouped", "loop", "masked"),
     )
     router_settings: tuple[tuple[str, Any], ...] = ()
 
@@ -156,8 +157,7 @@ class MoEConfig:
         gamma = self.capacity_factor if training else self.eval_capacity_factor
         if gamma is None:
             return None
-        exact = Fraction(str(gamma)).limit_denominator(_LARGEST_DENOMINATOR)
-        return exact.numerator, exact.denominator
+        return _as_written(gamma)
 
     @property
     def layer_kind(self) -> str:
@@ -182,3 +182,10 @@ def _kind(merges: bool) -> str:
 # What every layer has; those with a flat name ``moe_...`` are settings of a model too.
 LAYER_SETTINGS = tuple(Setting(name=f.name, default=f.default, **f.metadata) for f in fields(MoEConfig) if f.metadata)
 RESERVED.update(setting.name for setting in LAYER_SETTINGS)
+
+
+@cache
+def _as_written(gamma: float) -> tuple[int, int]:
+    """Numerator and denominator of the shortest decimal number that reads as ``gamma``."""
+    exact = Fraction(str(gamma)).limit_denominator(_LARGEST_DENOMINATOR)
+    return exact.numerator, exact.denominator

@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .activations import ACTIVATIONS
 from .capacity import make_plan
 from .config import MoEConfig
 from .context import SentenceContext
 from .experts.ranks import build_experts, experts_class
+from .experts.stacked import compute_dtype
 from .plan import RoutingPlan
 from .registry import LAYERS, register_layer, router_class
 
@@ -83,18 +85,31 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
             ValueError: shapes that do not fit, or a missing input.
         """
         x_TD, real_T, ids_T = self._flatten(x, padding, token_ids)
-        num_real = torch.tensor(x_TD.size(0), device=x.device) if real_T is None else real_T.sum()
-        limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
-        capacity = None
-        if limited:
-            # with padding a host synchronisation on CUDA: the capacity is a number. Listing the pairs is the other one
-            capacity = self.config.capacity(x_TD.size(0) if real_T is None else int(num_real), self.training)
-        choices = self.router(x_TD, real_T, ids_T)
-        plan = make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)
+        by_kernels = kernels.chosen(self.config, x.device, compute_dtype(x), self.training)
+        if real_T is not None and (not by_kernels or self.shared is not None):
+            # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+            x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+        if by_kernels:
+            x_TD, plan = kernels.make_plan(self.router, x_TD, real_T, ids_T, self.training)
+        else:
+            plan = self._torch_plan(x_TD, real_T, ids_T)
         y_TD = self.experts(x_TD, plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, real_T)
         return y_TD.to(x.dtype).view(x.shape), plan
+
+    def _torch_plan(self, x_TD: Tensor, real_T: Tensor | None, ids_T: Tensor | None) -> RoutingPlan:
+        """Choices and capacity with torch."""
+        num_tokens, device = x_TD.size(0), x_TD.device
+        # torch.tensor(number, device="cuda") would be a copy that the host waits for
+        num_real = torch.full((), num_tokens, device=device) if real_T is None else real_T.sum()
+        limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
+        capacity = None
+        if limited:
+            # with padding a host synchronisation on CUDA: the capacity is a number. Listing the pairs is the other one
+            capacity = self.config.capacity(num_tokens if real_T is None else int(num_real), self.training)
+        choices = self.router(x_TD, real_T, ids_T)
+        return make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)
 
     def _flatten(
         self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None
@@ -106,9 +121,6 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, x needs {tuple(x.shape[:-1])}")
         real_T = None if padding is None else ~padding.reshape(-1).bool()
         x_TD = x.reshape(-1, x.size(-1))
-        if real_T is not None:
-            # a NaN at padding would reach the gradient of shared weights as 0 * NaN
-            x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
         return x_TD, real_T, None if token_ids is None else token_ids.reshape(-1)
 
 

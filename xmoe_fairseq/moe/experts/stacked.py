@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .. import host
+from .. import host, kernels
 from ..activations import ACTIVATIONS, Activation
 from ..config import MoEConfig
 from ..plan import RoutingPlan
@@ -77,6 +77,8 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
         dtype = compute_dtype(x_TD)
+        if kernels.chosen(self.config, x_TD.device, dtype, self.training):
+            return kernels.expert_sum(self, x_TD, plan, dtype)
         x_TD, *weights = (tensor.to(dtype) for tensor in (x_TD, self.w1, self.b1, self.w2, self.b2))
         if not self.training and few_rows.serves(self.config, plan, x_TD, *weights):
             return few_rows.expert_sum(x_TD, plan, weights, self.config.activation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..config import MoEConfig
 from ..plan import Choices
 from ..registry import register_router
 from ..settings import Setting, not_negative
-from .router import probability_choices
+from .router import KernelRule, probability_choices
 from .top_k import TopKRouter
 
 
@@ -41,6 +43,10 @@ class AdaMoERouter(TopKRouter):
     @classmethod
     def experts_wanted(cls, config: MoEConfig) -> float | None:
         return float(config.top_k * config.num_experts / cls.num_gates(config))
+
+    def kernel_rule(self) -> KernelRule | None:
+        rule = super().kernel_rule()
+        return None if rule is None else replace(rule, normalize=True, load_of_all=True)
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         num_true = self.config.num_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,25 @@ from ..settings import Setting
 
 # Smallest sum of chosen probabilities that weights are divided by; below it null experts have all the probability.
 LEAST_MASS = 1e-30
+
+
+@dataclass(frozen=True)
+class KernelRule:
+    """How a router chooses, where the kernels can do it.
+
+    Attributes:
+        threshold: mass to reach; None: the ``most`` likeliest gates.
+        most: most gates of a token.
+        num_gates: gates of the softmax, null gates behind the true ones.
+        normalize: divide a token's weights by their sum.
+        load_of_all: the balance loss counts all choices (AdaMoE), not first ones.
+    """
+
+    threshold: float | None
+    most: int
+    num_gates: int
+    normalize: bool = False
+    load_of_all: bool = False
 
 
 class Router(nn.Module):
@@ -58,6 +78,10 @@ class Router(nn.Module):
     @classmethod
     def experts_wanted(cls, config: MoEConfig) -> float | None:
         """Experts that an average token takes before capacity; None: only a run shows."""
+        return None
+
+    def kernel_rule(self) -> KernelRule | None:
+        """The rule by which kernels choose for this router; None (here): it chooses with torch, by ``choose``."""
         return None
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:

@@ -13,7 +13,7 @@ from ..ordering import sort_descending
 from ..plan import Choices
 from ..registry import register_router
 from ..settings import Setting, at_least_one
-from .router import Router, probability_choices
+from .router import KernelRule, Router, probability_choices
 
 # Probabilities are summed as integers, in units of 2^-53.
 _UNITS = 2**53
@@ -73,6 +73,13 @@ class ThresholdRouter(Router):
     @classmethod
     def experts_wanted(cls, config: MoEConfig) -> float | None:
         return float(config.num_experts) if config.threshold >= 1.0 else None
+
+    def kernel_rule(self) -> KernelRule | None:
+        if self.training and self.config.input_jitter > 0:
+            return None
+        config = self.config
+        most = config.max_experts or config.num_experts
+        return KernelRule(config.threshold, most, config.num_experts, normalize=config.normalize_weights)
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from ..ordering import sort_descending
 from ..plan import Choices
 from ..registry import register_router
 from ..settings import Setting, at_least_one
-from .router import Router, probability_choices
+from .router import KernelRule, Router, probability_choices
 
 TOP_K = Setting(
     *("top_k", int, None, "experts a token takes (top_k, adamoe), or that are merged"),
@@ -61,6 +61,12 @@ class TopKRouter(Router):
     def num_choices(self) -> int:
         """Experts that a token takes, null experts counted."""
         return int(self.config.top_k)
+
+    def kernel_rule(self) -> KernelRule | None:
+        config = self.config
+        if self.training and (config.input_jitter > 0 or config.router_noise != "none"):
+            return None
+        return KernelRule(None, self.num_choices, self.num_gates(config), normalize=config.normalize_weights)
 
     def choose(self, prob_TG: Tensor, real_T: Tensor | None, token_ids_T: Tensor | None) -> Choices:
         with torch.no_grad():

@@ -1,0 +1,120 @@
+"""The Triton way to compute a layer (``moe_compute triton``): where it can be used, and its two entrances.
+
+Importing this module does not import Triton; calling ``make_plan`` or ``expert_sum`` does. ``auto`` takes this way on
+CUDA devices where Triton imports and a self-check agrees with the torch way. With ``TRITON_INTERPRET=1`` in the
+environment, set before Triton is imported, ``moe_compute triton`` runs on CPU tensors too, slowly, for tests.
+
+    gate.py       logits in float32, and the two gradients of the gate
+    route.py      probabilities, ranks, choice; its gradient
+    serve.py      who is served under capacity; rows by expert and by token
+    grouped.py    products of ragged rows with their experts' matrices
+    combine.py    a token's rows added up; bias gradients
+    gating.py, serving.py, routing.py, experts.py    their host sides: shapes, buffers, launches, autograd
+    plan.py       a routing plan whose counts stay on the device
+    check.py      the self-check
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig
+from ..plan import RoutingPlan
+
+if TYPE_CHECKING:
+    from ..experts.stacked import Experts
+    from ..routers.router import Router
+
+logger = logging.getLogger(__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def chosen(config: MoEConfig, device: torch.device, dtype: torch.dtype, training: bool) -> bool:
+    """Whether a layer of ``config`` computes with kernels on ``device`` in ``dtype``.
+
+    Raises:
+        RuntimeError: ``moe_compute triton`` was asked for by name and cannot run, with the reason.
+    """
+    if config.compute not in ("auto", "triton") or config.weights != "float":
+        return False
+    by_name = config.compute == "triton"
+    if not by_name and (device.type != "cuda" or _takes_all(config, training)):
+        return False
+    reason = _obstacle(device, dtype)
+    if reason is not None and by_name:
+        raise RuntimeError(f"moe_compute triton cannot run here: {reason}; choose moe_compute auto")
+    return reason is None
+
+
+def _takes_all(config: MoEConfig, training: bool) -> bool:
+    """True if every token takes every expert: then one dense product without gathering is cheaper (path "masked")."""
+    return config.router == "threshold" and config.threshold >= 1.0 and config.capacity_fraction(training) is None
+
+
+@cache
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot be used, looked at once per device and dtype; None where they can."""
+    if dtype not in DTYPES:
+        return f"its kernels take {', '.join(str(known) for known in DTYPES)}, not {dtype}"
+    if find_spec("triton") is None:
+        return "the package triton is not installed (CUDA builds of torch on Linux bring it)"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device.type != "cuda":
+        return None if interpreted else f"tensors lie on {device.type}, which only TRITON_INTERPRET=1 serves"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    from .check import self_check
+
+    reason = self_check(device, dtype)
+    if reason is not None:
+        logger.warning(
+            "moe_compute: kernels are not used on %s in %s, torch computes instead: %s", device, dtype, reason
+        )
+    return reason
+
+
+def make_plan(
+    router: Router,
+    x_TD: Tensor,
+    real_T: Tensor | None,
+    token_ids_T: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, RoutingPlan]:
+    """Route tokens (T, D) without waiting for the device: the plan's lists of pairs are made when asked for.
+
+    Returns the tokens too: the experts must read these, so that one kernel adds the gradients of gate and experts.
+
+    A router whose rule the kernels know runs in them; any other chooses with torch and is served by them.
+    """
+    from . import routing
+
+    rule = router.kernel_rule() if not router._forward_hooks else None
+    if rule is not None:
+        return routing.route(x_TD, router.weight, real_T, rule, router.config, training)
+    if real_T is not None:
+        # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+        x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+    choices = router(x_TD, real_T, token_ids_T)
+    return x_TD, routing.plan_choices(choices, real_T, router.config, training, x_TD.dtype)
+
+
+def expert_sum(experts: Experts, x_TD: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """Sum over each token's kept experts of weight * expert(x): (T, D) in ``dtype``."""
+    from . import experts as kernel_experts
+    from .plan import DevicePlan, lists_of
+
+    config = experts.config
+    rule = kernel_experts.ExpertRule(config.activation, config.activation_dropout if experts.training else 0.0, dtype)
+    if isinstance(plan, DevicePlan):
+        lists, weight_R = plan.lists, plan.weight_R
+    else:
+        lists, weight_R = lists_of(plan, dtype), plan.weight_A
+    parameters = (experts.w1, experts.b1, experts.w2, experts.b2)
+    return kernel_experts.expert_sum(x_TD, weight_R, *parameters, lists, rule)

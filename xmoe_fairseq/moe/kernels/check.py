@@ -1,0 +1,72 @@
+"""The self-check: a small training step by kernels against the torch way, once per device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig
+from ..experts.stacked import Experts
+from ..plan import RoutingPlan
+
+# Largest difference allowed, relative to the largest value: sums run in another order, in the dtype of the experts.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+NUM_TOKENS = 200
+
+
+def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where both ways agree, else what differs or failed. Leaves no trace in random generators."""
+    from ..layer import MoELayer
+
+    config = MoEConfig(embed_dim=64, num_experts=8, expert_dim=96, threshold=0.7, compute="loop")
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(1)
+            layer = MoELayer(config)
+            torch.nn.init.normal_(layer.router.weight, std=0.3)
+            layer.experts.to(dtype)
+            layer.to(device)
+            x_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype).requires_grad_()
+            grad_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype)
+            real_T = torch.arange(NUM_TOKENS, device=device) % 9 != 0
+            wanted, got = (step(layer, x_TD, grad_TD, real_T) for step in (_torch_step, _kernel_step))
+            return _difference(wanted, got, dtype)
+    except Exception as error:  # whatever a compiler or driver raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+
+
+def _torch_step(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, real_T: Tensor) -> list[Tensor]:
+    y_TD, plan = layer(x_TD, padding=~real_T)
+    return _gradients(layer, x_TD, grad_TD, y_TD, plan)
+
+
+def _kernel_step(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, real_T: Tensor) -> list[Tensor]:
+    from . import expert_sum, make_plan
+
+    experts = layer.experts
+    assert isinstance(experts, Experts)
+    x_read, made = make_plan(layer.router, x_TD, real_T, None, training=True)  # type: ignore[arg-type]
+    return _gradients(layer, x_TD, grad_TD, expert_sum(experts, x_read, made, x_TD.dtype), made)
+
+
+def _gradients(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, y_TD: Tensor, plan: RoutingPlan) -> list[Tensor]:
+    loss = (y_TD * grad_TD).float().sum() + plan.balance_loss
+    gradients = torch.autograd.grad(loss, [x_TD, *layer.parameters()])
+    return [plan.count_E, plan.wanted_E, y_TD, plan.balance_loss, plan.entropy, *gradients]
+
+
+def _difference(wanted: list[Tensor], got: list[Tensor], dtype: torch.dtype) -> str | None:
+    names = ("counts", "wanted counts", "output", "balance loss", "entropy", "x", "router", "w1", "b1", "w2", "b2")
+    for name, right, other in zip(names, wanted, got, strict=True):
+        exact = not right.is_floating_point()
+        scale = float(right.detach().abs().max())
+        worst = float((right.detach().double() - other.detach().double()).abs().max())
+        # a NaN compares as not less or equal
+        if not worst <= (0.0 if exact else TOLERANCE[dtype] * max(scale, 1e-6)):
+            return f"{name} of a small training step differ by {worst:.3g} where the largest value is {scale:.3g}"
+    return None

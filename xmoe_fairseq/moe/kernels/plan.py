@@ -1,0 +1,163 @@
+"""A routing plan whose counts stay on the device until somebody asks for the list of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..balance import BalanceTerms, SpreadTerms
+from ..plan import RoutingPlan
+from .tiles import tile_rows
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Rows by expert and by token, with static bounds: entries behind what the counts say are not initialised.
+
+    Attributes:
+        token_R: int32, token of each row; rows are sorted by expert, then by token.
+        row_end_E: int32, one behind the expert's last row.
+        tile_expert, tile_row: int32, expert (-1: none) and first row of each tile of ``tile_rows`` rows.
+        slot_ET: int32, row of each pair, -1 where it is not served.
+        row_TK: int32, the rows of each token, by expert. count_T: int32, how many.
+        count_E: int64, rows of each expert.
+        max_rows: size of every row buffer. tile_rows: rows of a tile.
+    """
+
+    token_R: Tensor
+    row_end_E: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    slot_ET: Tensor
+    row_TK: Tensor
+    count_T: Tensor
+    count_E: Tensor
+    max_rows: int
+    tile_rows: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.count_E.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.count_T.numel()
+
+
+class DeviceTerms(BalanceTerms):
+    """As ``BalanceTerms``, with fewer launches: what has no gradient is one vector, the loss one inner product."""
+
+    def loss(self) -> Tensor:
+        with torch.no_grad():
+            coefficient_G = self.load_G * (self.load_G.numel() / self.num_tokens.clamp(min=1).square())
+        return torch.dot(coefficient_G, self.prob_sum_G)
+
+
+class DevicePlan(RoutingPlan):
+    """As ``RoutingPlan``; the lists of pairs and the capacity are made when asked for, which waits for the device.
+
+    ``lists`` and ``weight_R`` (float32, with gradient; rows behind the last one are not initialised) are what kernels
+    read.
+    """
+
+    lists: Lists
+    weight_R: Tensor
+    _capacity_of: Any
+
+    def __init__(
+        self,
+        *,
+        lists: Lists,
+        weight_R: Tensor,
+        wanted_E: Tensor,
+        num_real_tokens: Tensor,
+        balance: BalanceTerms | SpreadTerms | None,
+        entropy: Tensor,
+        z_loss: Tensor | None,
+        row_cost: float | Tensor,
+        capacity_of: Any = None,
+    ) -> None:
+        values = {
+            "lists": lists,
+            "weight_R": weight_R,
+            "count_E": lists.count_E,
+            "wanted_E": wanted_E,
+            "num_tokens": lists.num_tokens,
+            "num_real_tokens": num_real_tokens,
+            "balance": balance,
+            "entropy": entropy,
+            "z_loss": z_loss,
+            "row_cost": row_cost,
+            "_capacity_of": capacity_of,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Kept pairs A; reading it waits for the device."""
+        return int(self.count_E.sum())
+
+    @cached_property
+    def token_index_A(self) -> Tensor:
+        return self.lists.token_R[: self.num_rows].long()
+
+    @cached_property
+    def expert_index_A(self) -> Tensor:
+        expert_E = torch.arange(self.count_E.numel(), device=self.count_E.device)
+        return expert_E.repeat_interleave(self.count_E, output_size=self.num_rows)
+
+    @cached_property
+    def weight_A(self) -> Tensor:
+        return self.weight_R[: self.num_rows]
+
+    @cached_property
+    def capacity(self) -> int | None:
+        of = self._capacity_of
+        return None if of is None else of(int(self.num_real_tokens))
+
+    @cached_property
+    def balance_loss(self) -> Tensor:
+        return self.num_real_tokens.new_zeros((), dtype=torch.float32) if self.balance is None else self.balance.loss()
+
+    @cached_property
+    def experts_per_token_T(self) -> Tensor:
+        return self.lists.count_T.long()
+
+
+def lists_of(plan: RoutingPlan, dtype: torch.dtype) -> Lists:
+    """Lists for a plan made with torch, such as that of the experts of one rank; the host waits once for a size."""
+    count_E, num_rows = plan.count_E, plan.token_index_A.numel()
+    num_experts, device = count_E.numel(), count_E.device
+    height = tile_rows(num_rows, num_experts, dtype)
+    num_tiles = min(num_rows, -(-num_rows // height) + num_experts)
+    tiles_E = (count_E + height - 1) // height
+    end_E, tile_end_E = count_E.cumsum(0), tiles_E.cumsum(0)
+    tile = torch.arange(num_tiles, device=device)
+    expert = torch.searchsorted(tile_end_E, tile, right=True)
+    is_tile = expert < num_experts
+    expert = torch.where(is_tile, expert, 0)
+    first_row = (end_E - count_E)[expert] + (tile - (tile_end_E - tiles_E)[expert]) * height
+    count_T = plan.experts_per_token_T
+    most = max(1, int(count_T.max())) if count_T.numel() else 1
+    order = torch.argsort(plan.token_index_A, stable=True)
+    token = plan.token_index_A[order]
+    place = torch.arange(num_rows, device=device) - (count_T.cumsum(0) - count_T)[token]
+    row_TK = torch.zeros(plan.num_tokens, most, dtype=torch.int32, device=device)
+    row_TK.index_put_((token, place), order.int())
+    return Lists(
+        token_R=plan.token_index_A.int(),
+        row_end_E=end_E.int(),
+        tile_expert=torch.where(is_tile, expert, -1).int(),
+        tile_row=first_row.int(),
+        slot_ET=count_E.new_empty(0, dtype=torch.int32),
+        row_TK=row_TK,
+        count_T=count_T.int(),
+        count_E=count_E,
+        max_rows=num_rows,
+        tile_rows=height,
+    )

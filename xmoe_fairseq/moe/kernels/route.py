@@ -1,0 +1,119 @@
+"""From logits to decisions: probabilities, exact ranks, the choice by threshold or k; and the gradient of it.
+
+A token's gates are sorted by one integer key each, (2^31 - 1 - bits of the probability, index): ties are exact and
+the order is that of ordering.py. The mass ahead of a gate is the sum of the probabilities ahead of it in integer
+units of 2^-53, the same in any order (routers/threshold.py).
+
+Matrices that later kernels read by expert are stored gate by gate: (G, T).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LEAST_MASS = tl.constexpr(1e-30)  # as in routers/base.py
+
+
+@triton.jit(do_not_specialize=["num_tokens", "threshold_units", "most"])
+def route_forward(
+    logits, real, prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
+    num_tokens, num_gates, num_experts, threshold_units, most,
+    BY_THRESHOLD: tl.constexpr, NORMALIZE: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_NULLS: tl.constexpr,
+    GATE_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Decide for BLOCK_T tokens.
+
+    Args:
+        logits: float32 (T, G). real: bool (T,), read if HAS_PADDING.
+        prob_GT: float32 out; 0 at padding. weight_ET: float32 out if NORMALIZE.
+        rank_GT: int32 out: place among the token's true experts (for a null gate: among all gates); -1 if not chosen.
+        entropy_T, log_mass_T: float32 out; 0 at padding.
+        threshold_units: int64, mass to reach in units of 2^-53; above 2^53 every gate is chosen (BY_THRESHOLD).
+        most: most gates that a token takes.
+    """
+    # one function: every line works on the same tile, in registers
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    gate = tl.arange(0, BLOCK_G)
+    is_token = token < num_tokens
+    is_real = is_token
+    if HAS_PADDING:
+        is_real = is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+    is_gate = gate < num_gates
+    row = token.to(tl.int64)[:, None] * num_gates
+    logit = tl.load(logits + row + gate[None, :], mask=is_token[:, None] & is_gate[None, :], other=-float("inf"))
+    # a row beyond the batch is all -inf: a finite maximum keeps it free of NaN
+    row_max = tl.where(is_token, tl.max(logit, axis=1), 0.0)
+    unscaled = tl.exp(logit - row_max[:, None])
+    mass = tl.sum(unscaled, axis=1)
+    prob = tl.where(is_token[:, None], unscaled / mass[:, None], 0.0)
+    # a NaN orders as 0, so that each rank exists once and no list overflows; its weight stays NaN and reaches the loss
+    bits = tl.where(prob == prob, prob, 0.0).to(tl.int32, bitcast=True)
+    key = ((2147483647 - bits).to(tl.int64) << GATE_BITS) | gate[None, :].to(tl.int64)
+    key = tl.sort(tl.where(is_gate[None, :], key, 9223372036854775807), dim=1)
+    place = gate[None, :]  # in the order of the keys: 0 is the likeliest gate
+    sorted_gate = (key & ((1 << GATE_BITS) - 1)).to(tl.int32)
+    sorted_bits = tl.where(is_gate[None, :], 2147483647 - (key >> GATE_BITS).to(tl.int32), 0)
+    sorted_prob = sorted_bits.to(tl.float32, bitcast=True)
+    chosen = (place < most) & is_real[:, None] & is_gate[None, :]
+    if BY_THRESHOLD:
+        units = (sorted_prob.to(tl.float64) * 9007199254740992.0).to(tl.int64)
+        ahead = tl.cumsum(units, axis=1) - units
+        chosen = chosen & ((ahead < threshold_units) | (place == 0))
+    is_true = sorted_gate < num_experts
+    rank = place + tl.zeros_like(sorted_gate)
+    if HAS_NULLS:
+        true_int = is_true.to(tl.int32)
+        rank = tl.where(is_true, tl.cumsum(true_int, axis=1) - true_int, rank)
+    mask = is_token[:, None] & is_gate[None, :]
+    sorted_at = sorted_gate.to(tl.int64) * num_tokens + token[:, None]
+    tl.store(rank_GT + sorted_at, tl.where(chosen, rank, -1), mask=mask)
+    where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]
+    tl.store(prob_GT + where, tl.where(is_real[:, None], prob, 0.0), mask=mask)
+    if NORMALIZE:
+        chosen_mass = tl.sum(tl.where(chosen & is_true, sorted_prob, 0.0), axis=1)
+        divisor = tl.where(chosen_mass > LEAST_MASS, chosen_mass, 1.0)
+        tl.store(weight_ET + where, prob / divisor[:, None], mask=mask & (gate < num_experts)[None, :])
+    log_mass = row_max + tl.log(mass)
+    # a gate of probability 0 may have the logit -inf
+    inner = tl.sum(tl.where(prob > 0.0, prob * logit, 0.0), axis=1)
+    tl.store(entropy_T + token, tl.where(is_real, log_mass - inner, 0.0), mask=is_token)
+    tl.store(log_mass_T + token, tl.where(is_real, log_mass, 0.0), mask=is_token)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def route_backward(
+    prob_GT, rank_GT, slot_ET, real, log_mass_T, grad_weight_R, grad_prob_sum_G, grad_square_sum, grad_logits,
+    num_tokens, num_gates, num_experts,
+    NORMALIZE: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """grad_logits (T, G) from the gradients of the rows' weights, of the probability sums and of sum(log_mass^2)."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    gate = tl.arange(0, BLOCK_G)
+    is_token = token < num_tokens
+    is_real = is_token
+    if HAS_PADDING:
+        is_real = is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+    is_gate = gate < num_gates
+    is_true = gate < num_experts
+    where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]
+    mask = is_real[:, None] & is_gate[None, :]
+    true_mask = is_real[:, None] & is_true[None, :]
+    prob = tl.load(prob_GT + where, mask=mask, other=0.0)
+    slot = tl.load(slot_ET + where, mask=true_mask, other=-1)
+    grad = tl.load(grad_weight_R + slot, mask=slot >= 0, other=0.0)
+    if NORMALIZE:
+        chosen = tl.load(rank_GT + where, mask=true_mask, other=-1) >= 0
+        chosen_mass = tl.sum(tl.where(chosen, prob, 0.0), axis=1)
+        is_normal = chosen_mass > LEAST_MASS
+        divisor = tl.where(is_normal, chosen_mass, 1.0)
+        pull = tl.where(is_normal, tl.sum(grad * prob, axis=1) / (divisor * divisor), 0.0)
+        grad = grad / divisor[:, None] - tl.where(chosen, pull[:, None], 0.0)
+    grad += tl.load(grad_prob_sum_G + gate, mask=is_gate, other=0.0)[None, :]
+    grad_logit = prob * (grad - tl.sum(prob * grad, axis=1)[:, None])
+    if HAS_Z_LOSS:
+        log_mass = tl.load(log_mass_T + token, mask=is_token, other=0.0)
+        grad_logit += prob * (2.0 * tl.load(grad_square_sum) * log_mass)[:, None]
+    row = token.to(tl.int64)[:, None] * num_gates + gate[None, :]
+    tl.store(grad_logits + row, tl.where(mask, grad_logit, 0.0), mask=is_token[:, None] & is_gate[None, :])

@@ -1,0 +1,254 @@
+"""From decisions to lists: who is served under capacity, the rows of each expert, the rows of each token.
+
+Nothing is sorted. ``select`` finds, per expert, the rank and the score of its last served pair by two searches over
+integers; ``place`` counts served tokens up and writes each pair's row; ``by_token`` writes
+each token's rows, ordered by expert. All counts stay on the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NOT_CHOSEN = tl.constexpr(1 << 62)
+
+
+@triton.jit
+def _priority(rank_GT, score_GT, column, token, num_tokens):
+    """int64 keys, smaller served earlier; NOT_CHOSEN where the token does not want the expert."""
+    is_token = token < num_tokens
+    rank = tl.load(rank_GT + column + token, mask=is_token, other=-1)
+    score = tl.load(score_GT + column + token, mask=is_token, other=0.0)
+    score = tl.where(score == score, score, 0.0)
+    key = (rank.to(tl.int64) << 31) | (2147483647 - score.to(tl.int32, bitcast=True)).to(tl.int64)
+    return tl.where(rank >= 0, key, NOT_CHOSEN)
+
+
+@triton.jit
+def _num_up_to(key, limit):
+    return tl.sum((key <= limit).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _compared(rank_GT, score_GT, column, token, num_tokens, rank, BY_RANK: tl.constexpr):
+    """int32 values to search: ranks, or 2^31 - 1 - bits of the scores of one ``rank``; 2^31 - 1 for the other pairs."""
+    is_token = token < num_tokens
+    own = tl.load(rank_GT + column + token, mask=is_token, other=-1)
+    if BY_RANK:
+        return tl.where(own >= 0, own, 2147483647)
+    else:
+        score = tl.load(score_GT + column + token, mask=is_token, other=0.0)
+        score = tl.where(score == score, score, 0.0)
+        return tl.where(own == rank, 2147483647 - score.to(tl.int32, bitcast=True), 2147483647)
+
+
+@triton.jit
+def _count(
+    rank_GT, score_GT, column, num_tokens, rank, limit,
+    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """How many values are at most ``limit``."""
+    total = 0
+    for start in range(NUM_BLOCKS):
+        token = start * BLOCK_T + tl.arange(0, BLOCK_T)
+        value = _compared(rank_GT, score_GT, column, token, num_tokens, rank, BY_RANK)
+        total += tl.sum((value <= limit).to(tl.int32), axis=0)
+    return total
+
+
+@triton.jit
+def _search(
+    rank_GT, score_GT, column, num_tokens, rank, low, high, target,
+    BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The least limit in [low, high] up to which there are ``target`` values."""
+    value = _compared(rank_GT, score_GT, column, tl.arange(0, BLOCK_T), num_tokens, rank, BY_RANK)
+    if NUM_BLOCKS == 1:
+        # values lie close together: the range shrinks to theirs before it is halved, unless a score of 0 is needed,
+        # whose value is that of the other pairs
+        largest = tl.max(tl.where(value == 2147483647, -1, value), axis=0)
+        is_within = tl.sum((value <= largest).to(tl.int32), axis=0) >= target
+        low = tl.where(is_within, tl.maximum(low, tl.min(value, axis=0)), high)
+        high = tl.where(is_within, tl.minimum(high, largest), high)
+    while low < high:
+        middle = low + ((high - low) >> 1)
+        if NUM_BLOCKS == 1:
+            up_to = tl.sum((value <= middle).to(tl.int32), axis=0)
+        else:
+            up_to = _count(rank_GT, score_GT, column, num_tokens, rank, middle, BY_RANK, BLOCK_T, NUM_BLOCKS)
+        enough = up_to >= target
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return high
+
+
+@triton.jit(do_not_specialize=["num_tokens", "numerator", "denominator", "least"])
+def select(
+    rank_GT, score_GT, prob_GT, real, entropy_T, log_mass_T,
+    count_E, wanted_E, cut_E, ties_E, load_G, prob_sum_G, totals, real_count,
+    num_tokens, num_gates, num_experts, numerator, denominator, least,
+    LIMITED: tl.constexpr, LOAD_OF_ALL: tl.constexpr, HAS_PROB: tl.constexpr, HAS_PADDING: tl.constexpr,
+    BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program per gate, and one more for sums over tokens.
+
+    Args:
+        numerator, denominator, least: C = ceil(numerator * T / (denominator * E)), at least ``least``, at most T, the
+            real tokens (LIMITED).
+        count_E, wanted_E: int64 out. cut_E: int64 out, key (rank, 2^31 - 1 - bits of the score) of the last served
+            pair. ties_E: int32 out, how many pairs of that key are served.
+        load_G, prob_sum_G: float32 out. LOAD_OF_ALL: the load counts all choices, not first ones.
+        totals: float32 out: real tokens, mean of entropy_T, mean of log_mass_T^2. real_count: int64 out, real tokens.
+    """
+    # one function: a kernel in the order of its questions
+    gate = tl.program_id(0)
+    block = tl.arange(0, BLOCK_T)
+    num_real = num_tokens
+    if HAS_PADDING:
+        num_real = 0
+        for start in range(NUM_BLOCKS):
+            token = start * BLOCK_T + block
+            flags = tl.load(real + token, mask=token < num_tokens, other=0) != 0
+            num_real += tl.sum(flags.to(tl.int32), axis=0)
+    if gate == num_gates:
+        _mean_over_tokens(
+            entropy_T, log_mass_T, totals, real_count, num_real, num_tokens, HAS_PROB, BLOCK_T, NUM_BLOCKS
+        )
+        return
+    column = gate.to(tl.int64) * num_tokens
+    wanted = tl.zeros((), tl.int32)
+    load, prob_sum = tl.zeros((), tl.int32), 0.0
+    key = tl.full((BLOCK_T,), NOT_CHOSEN, dtype=tl.int64)
+    for start in range(NUM_BLOCKS):
+        token = start * BLOCK_T + block
+        key = _priority(rank_GT, score_GT, column, token, num_tokens)
+        wanted += _num_up_to(key, NOT_CHOSEN - 1)
+        load += _num_up_to(key, 2147483647)
+        if HAS_PROB:
+            prob_sum += tl.sum(tl.load(prob_GT + column + token, mask=token < num_tokens, other=0.0), axis=0)
+    if HAS_PROB:
+        tl.store(load_G + gate, (wanted if LOAD_OF_ALL else load).to(tl.float32))
+        tl.store(prob_sum_G + gate, prob_sum)
+    if gate >= num_experts:
+        return
+    served = wanted
+    if LIMITED:
+        share = denominator.to(tl.int64) * num_experts
+        capacity = (numerator.to(tl.int64) * num_real + share - 1) // share
+        capacity = tl.minimum(tl.maximum(capacity, least), num_real)
+        served = tl.minimum(wanted.to(tl.int64), capacity).to(tl.int32)
+    tl.store(count_E + gate, served.to(tl.int64))
+    tl.store(wanted_E + gate, wanted.to(tl.int64))
+    if served == wanted:
+        tl.store(cut_E + gate, tl.zeros((), tl.int64) + (NOT_CHOSEN - 1))
+        tl.store(ties_E + gate, 0)
+        return
+    top = tl.zeros((), tl.int32)
+    rank = _search(
+        rank_GT, score_GT, column, num_tokens, 0, top, top + (num_gates - 1), served, True, BLOCK_T, NUM_BLOCKS
+    )
+    missing = served - _count(rank_GT, score_GT, column, num_tokens, 0, rank - 1, True, BLOCK_T, NUM_BLOCKS)
+    bits = _search(
+        rank_GT, score_GT, column, num_tokens, rank, top, top + 2147483647, missing, False, BLOCK_T, NUM_BLOCKS
+    )
+    below = _count(rank_GT, score_GT, column, num_tokens, rank, bits - 1, False, BLOCK_T, NUM_BLOCKS)
+    tl.store(cut_E + gate, (rank.to(tl.int64) << 31) | bits.to(tl.int64))
+    tl.store(ties_E + gate, missing - below)
+
+
+@triton.jit
+def _mean_over_tokens(
+    entropy_T, log_mass_T, totals, real_count, num_real, num_tokens,
+    HAS_PROB: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Entropy and squared log masses are 0 at padding, so they are summed over all tokens."""
+    entropy, square = 0.0, 0.0
+    if HAS_PROB:
+        for start in range(NUM_BLOCKS):
+            token = start * BLOCK_T + tl.arange(0, BLOCK_T)
+            entropy += tl.sum(tl.load(entropy_T + token, mask=token < num_tokens, other=0.0), axis=0)
+            log_mass = tl.load(log_mass_T + token, mask=token < num_tokens, other=0.0)
+            square += tl.sum(log_mass * log_mass, axis=0)
+    tokens = num_real.to(tl.float32)
+    tl.store(real_count, num_real.to(tl.int64))
+    tl.store(totals, tokens)
+    tl.store(totals + 1, entropy / tl.maximum(tokens, 1.0))
+    tl.store(totals + 2, square / tl.maximum(tokens, 1.0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "max_tiles"])
+def place(
+    rank_GT, score_GT, weight_ET, count_E, cut_E, ties_E,
+    slot_ET, token_R, weight_R, row_end_E, tile_expert, tile_row,
+    num_tokens, num_experts, max_tiles, weight_step_e, weight_step_t,
+    TILE_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One program per expert writes its rows and its tiles of TILE_ROWS rows; one more marks the tiles left over.
+
+    Rows are sorted by expert, then by token. Out:
+        slot_ET: int32, the row of a pair, -1 if it is not served. token_R: int32. weight_R: float32.
+        row_end_E: int32, one behind the expert's last row. tile_expert: int32, -1: no tile. tile_row: int32.
+    """
+    expert = tl.program_id(0)
+    other = tl.arange(0, BLOCK_E)
+    count = tl.load(count_E + other, mask=other < num_experts, other=0).to(tl.int32)
+    tiles = (count + TILE_ROWS - 1) // TILE_ROWS
+    first_tile = tl.sum(tl.where(other < expert, tiles, 0), axis=0)
+    if expert == num_experts:
+        for start in range(first_tile, max_tiles, BLOCK_E):
+            tl.store(tile_expert + start + other, tl.full((BLOCK_E,), -1, tl.int32), mask=start + other < max_tiles)
+        return
+    row = tl.sum(tl.where(other < expert, count, 0), axis=0)
+    num_rows = tl.sum(tl.where(other == expert, count, 0), axis=0)
+    tl.store(row_end_E + expert, row + num_rows)
+    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+    for start in range(0, num_tiles, BLOCK_E):
+        mask = start + other < num_tiles
+        tl.store(tile_expert + first_tile + start + other, tl.zeros((BLOCK_E,), tl.int32) + expert, mask=mask)
+        tl.store(tile_row + first_tile + start + other, row + (start + other) * TILE_ROWS, mask=mask)
+    cut = tl.load(cut_E + expert)
+    ties_left = tl.load(ties_E + expert)
+    column = expert.to(tl.int64) * num_tokens
+    for start in range(0, num_tokens, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T)
+        key = _priority(rank_GT, score_GT, column, token, num_tokens)
+        is_tie = (key == cut).to(tl.int32)
+        tie_place = tl.cumsum(is_tie, axis=0) - is_tie
+        kept = ((key < cut) | ((is_tie != 0) & (tie_place < ties_left))) & (key < NOT_CHOSEN)
+        ties_left -= tl.sum(is_tie, axis=0)
+        kept_int = kept.to(tl.int32)
+        slot = row + tl.cumsum(kept_int, axis=0) - kept_int
+        tl.store(slot_ET + column + token, tl.where(kept, slot, -1), mask=token < num_tokens)
+        tl.store(token_R + slot, token, mask=kept)
+        from_weight = expert.to(tl.int64) * weight_step_e + token.to(tl.int64) * weight_step_t
+        tl.store(weight_R + slot, tl.load(weight_ET + from_weight, mask=kept, other=0.0), mask=kept)
+        row += tl.sum(kept_int, axis=0)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def by_token(
+    slot_ET, row_TK, count_T, num_tokens, num_experts, most,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """row_TK int32 out: a token's rows, by expert, packed to the left. count_T int32 out: how many there are."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
+    slot = tl.load(slot_ET + expert.to(tl.int64)[None, :] * num_tokens + token[:, None], mask=mask, other=-1)
+    kept = (slot >= 0).to(tl.int32)
+    rank = tl.cumsum(kept, axis=1) - kept
+    tl.store(row_TK + token.to(tl.int64)[:, None] * most + rank, slot, mask=kept != 0)
+    tl.store(count_T + token, tl.sum(kept, axis=1), mask=token < num_tokens)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def weight_of_pairs(
+    grad_weight_R, slot_ET, grad_TE, num_tokens, num_experts, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """grad_TE float32 out: the gradient of a served pair's weight, 0 elsewhere."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]
+    slot = tl.load(slot_ET + expert.to(tl.int64)[None, :] * num_tokens + token[:, None], mask=mask, other=-1)
+    grad = tl.load(grad_weight_R + slot, mask=slot >= 0, other=0.0)
+    tl.store(grad_TE + token.to(tl.int64)[:, None] * num_experts + expert[None, :], grad, mask=mask)
