@@ -33,9 +33,10 @@ need_value() { # need_value FLAG REMAINING_ARGUMENTS
 # The one loop over a script's arguments. The script lists its flags, each NAME, NAME:VARIABLE or NAME:ARRAY[]:
 #   flags     those with a value; VARIABLE is NAME with _ for - unless given, an ARRAY[] collects repeated ones
 #   switches  those without one; VARIABLE becomes yes
+#   old_flags names of the last release, OLD:NEW each, taken with a warning
 # --NAME=VALUE is read as --NAME VALUE; -h and --help print usage. What follows -- goes to the array `rest`; so do
 # words that are no flag if keep_unknown=yes, else they are errors.
-flags=() switches=() rest=() keep_unknown=''
+flags=() switches=() old_flags=() rest=() keep_unknown=''
 read_flags() { # read_flags ARGUMENT...
     local word variable
     while (($#)); do
@@ -48,14 +49,19 @@ read_flags() { # read_flags ARGUMENT...
             ;;
         esac
         word=$1
-        if variable=$(flag_variable "${word#--}" ${switches[@]+"${switches[@]}"}); then
+        if [[ $word == --* ]] && variable=$(flag_variable "${word#--}" ${switches[@]+"${switches[@]}"}); then
             printf -v "$variable" yes
             shift
             continue
         fi
-        if [[ $word == --*=* ]] && flag_variable "$(flag_name "$word")" ${flags[@]+"${flags[@]}"} >/dev/null; then
+        if [[ $word == --*=* ]] &&
+            flag_variable "$(flag_name "$word")" ${flags[@]+"${flags[@]}"} ${old_flags[@]+"${old_flags[@]}"} >/dev/null; then
             set -- "${word%%=*}" "${word#*=}" "${@:2}"
             word=$1
+        fi
+        if [[ $word == --* ]] && variable=$(flag_variable "${word#--}" ${old_flags[@]+"${old_flags[@]}"}); then
+            log "warning: $word is now --$variable; the old name goes in the next release"
+            word=--$variable
         fi
         if ! [[ $word == --* ]] || ! variable=$(flag_variable "${word#--}" ${flags[@]+"${flags[@]}"}); then
             [[ -n $keep_unknown ]] || die "unknown argument $word; see --help" 2

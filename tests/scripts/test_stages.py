@@ -163,7 +163,11 @@ def test_flags_are_read_alike_everywhere():
     words = ["--out", "a b", "--set", "x=$(y)", "--max-update=3", "--unit", "--set", "it's", "--", "--rest"]
     read = subprocess.run(["bash", "-c", script, "-", ROOT, *words], capture_output=True, text=True, check=True)
     assert read.stdout.splitlines() == ["a b", "3", "", "yes", "2", "x=$(y)", "it's", "--rest"]
-    for word, message in (("--colour", "unknown argument --colour"), ("--out", "--out needs a value")):
+    for word, message in (
+        ("--colour", "unknown argument --colour"),
+        ("unit", "unknown argument unit"),
+        ("--out", "--out needs a value"),
+    ):
         refused = subprocess.run(["bash", "-c", script, "-", ROOT, word], capture_output=True, text=True, check=False)
         assert (refused.returncode, message in refused.stderr) == (2, True)
 
@@ -173,3 +177,16 @@ def test_cores_do_not_depend_on_the_threads_of_a_process():
     command = ["env", "OMP_NUM_THREADS=1", "bash", "-c", script, "-", str(ROOT)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(found.stdout) == len(os.sched_getaffinity(0))
+
+
+def test_a_name_of_the_last_release_is_taken_with_a_warning():
+    script = """
+        set -euo pipefail; . "$1/scripts/lib.sh"; shift
+        flags=(out) old_flags=(json:out)
+        read_flags "$@"
+        printf '%s\\n' "$out"
+    """
+    for words in (["--json", "x y"], ["--json=x y"]):
+        read = subprocess.run(["bash", "-c", script, "-", ROOT, *words], capture_output=True, text=True, check=False)
+        assert (read.returncode, read.stdout) == (0, "x y\n"), read.stderr
+        assert "--json is now --out; the old name goes in the next release" in read.stderr
