@@ -432,7 +432,7 @@ begin() {
 }
 
 main() {
-    local train_settings
+    local train_settings=''
     cd "$root"
     if [[ -n $dry_run ]]; then
         printf 'cd %q\n' "$root"
@@ -455,7 +455,7 @@ main() {
         [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
         return
     fi
-    train_settings=$(python -m eval.run.training_settings signature "${configuration[@]}")
+    [[ -n $dry_run ]] || train_settings=$(python -m eval.run.training_settings signature "${configuration[@]}")
     mapfile -t train_settings <<<"$train_settings"
     stage train train_model "seed=$seed" "${train_settings[@]}" -- "${training_data[@]}"
     stage average average_checkpoints "which=$average" -- "$checkpoints/checkpoint_last.pt"

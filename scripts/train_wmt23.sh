@@ -27,6 +27,7 @@ OUT/scores.json and OUT/report.md; lay the cells beside the paper's with xmoe ta
   --average WHICH:N     checkpoints to average: best:N (default: best:5) by validation loss, or last:N
   --set KEY=VALUE       change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
   --max-len-b N         most subwords of a translation (default: 400; WMT22 has references of up to 244 words)
+  --calibrate GOAL      prices of inference scored beside the model as trained; passed to scripts/run_pair.sh, repeatable
   --model-overrides TEXT  settings of the model for the translation, e.g. "{'moe_threshold': 0.7}"
   --launcher WORDS      what starts the training on several nodes (scripts/slurm/several_nodes.sbatch sets it; default
                         with several GPUs: torchrun on this machine, its ranks meeting on the loopback interface)
@@ -52,10 +53,10 @@ TEXT
 
 pair='' method='' gpus=4 seed=1 data='' run_out='' raw='' test_set='' recipes='' language_id=py3langid
 vocab_size=32000 configs=$root/train_configs/wmt23 launcher='' workers=$(num_cores) model_overrides='{}'
-average=best:5 settings=() data_only='' prepared='' restart='' restart_data=''
+average=best:5 settings=() goals=() data_only='' prepared='' restart='' restart_data=''
 max_len_b=400 max_pairs='' sample_seed=1 without=() with_back_translation=''
 flags=(pair method gpus seed data out:run_out raw test-set recipes 'without:without[]' language-id max-pairs sample-seed
-    vocab-size configs average 'set:settings[]' max-len-b model-overrides launcher workers)
+    vocab-size configs average 'set:settings[]' 'calibrate:goals[]' max-len-b model-overrides launcher workers)
 switches=(dry-run data-only prepared restart restart-data with-back-translation)
 
 list_methods() {
@@ -185,6 +186,7 @@ train_and_score() {
         command+=(--launcher "${launcher:-$(local_launcher)}")
     fi
     for setting in ${settings[@]+"${settings[@]}"}; do command+=(--set "$setting"); done
+    for setting in ${goals[@]+"${goals[@]}"}; do command+=(--calibrate "$setting"); done
     if [[ -n $dry_run ]]; then
         printf '\n# train and score: this command, which runs what follows it\n# '
         run "${command[@]}"

@@ -59,7 +59,7 @@ def test_a_cell_goes_from_the_download_to_the_score(tmp_path):
     assert "update_freq" not in printed, "the YAML is for 4 GPUs"
 
 
-@pytest.mark.parametrize(("gpus", "update_freq"), [("0", 32), ("1", 32), ("2", 16), ("8", 4), ("32", 1)])
+@pytest.mark.parametrize(("gpus", "update_freq"), [("0", 32), ("2", 16), ("32", 1)])
 def test_other_numbers_of_gpus_keep_the_tokens_of_an_update(tmp_path, gpus, update_freq):
     printed = cell(tmp_path, "--gpus", gpus, pair="de-en", method="dense")
     assert f"++optimization.update_freq=\\[{update_freq}\\]" in printed
