@@ -106,8 +106,11 @@ class Calibration:
         return Setting((threshold,) * len(self.layers), limit)
 
     def limits(self, experts: float) -> list[int | None]:
-        """Limits worth trying where a token may take ``experts`` on average: from just enough to none."""
-        steps = {math.ceil(factor * experts - 1e-9) for factor in (1.0, 1.5, 2.0, 4.0)}
+        """Limits worth trying where a token may take ``experts`` on average; None is no limit.
+
+        A limit of ``experts`` itself is left out: every token would take as many, which is top-k routing.
+        """
+        steps = {math.ceil(factor * experts + 1e-9) for factor in (1.25, 2.0)}
         return [*sorted(step for step in steps if step < self.num_experts), None]
 
     def meet(self, budget: float) -> Point:
