@@ -37,7 +37,8 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
             wanted, got = (step(layer, x_TD, grad_TD, real_T) for step in (_torch_step, _kernel_step))
             return _difference(wanted, got, dtype)
     except Exception as error:  # whatever a compiler or driver raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        lines = str(error).strip().splitlines() or [repr(error)]
+        return f"{type(error).__name__}: {lines[0]}"
 
 
 def _torch_step(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, real_T: Tensor) -> list[Tensor]:

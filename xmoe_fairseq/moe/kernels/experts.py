@@ -1,7 +1,7 @@
 """Experts on the rows of a ``DevicePlan``: the host side of grouped.py and combine.py, and their gradients.
 
 For the backward pass autograd keeps the layer's input, pre-activations and weighted hidden units (R, F), and the lists:
-what a dense FFN keeps. Half-precision copies of float32 weights (autocast) are made for the forward pass and again for
+what a dense FFN keeps. Half-precision copies of float32 tensors (autocast) are made for the forward pass and again for
 the backward pass, never kept between.
 """
 
@@ -38,7 +38,7 @@ def expert_sum(
     Args:
         x_TD: (T, D). weight_R: float32 (R,). w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D), any float dtype.
     """
-    y_TD: Tensor = _ExpertSum.apply(x_TD.to(rule.dtype), weight_R, w1, b1, w2, b2, lists, rule)
+    y_TD: Tensor = _ExpertSum.apply(x_TD, weight_R, w1, b1, w2, b2, lists, rule)
     return y_TD
 
 
@@ -58,12 +58,14 @@ class _ExpertSum(torch.autograd.Function):
         x_TD = x_TD.contiguous()
         keeps_graph = any(ctx.needs_input_grad)
         seed = _seed(rule, x_TD.device)
-        hidden_RF, pre_RF = _up(x_TD, w1.to(rule.dtype), b1, weight_R, lists, rule, seed, save_pre=keeps_graph)
+        hidden_RF, pre_RF = _up(
+            x_TD.to(rule.dtype), w1.to(rule.dtype), b1, weight_R, lists, rule, seed, save_pre=keeps_graph
+        )
         out_RD = _down(hidden_RF, w2.to(rule.dtype), b2, weight_R, lists)
         if keeps_graph:
             ctx.save_for_backward(x_TD, weight_R, w1, b1, w2, b2, pre_RF, hidden_RF, seed)
             ctx.lists, ctx.rule = lists, rule
-        return _combine(out_RD, lists)
+        return _combine(out_RD, lists, rule.dtype)
 
     @staticmethod
     @once_differentiable
@@ -77,10 +79,11 @@ class _ExpertSum(torch.autograd.Function):
         grad_b1 = _hidden_bias_backward(bias_sum, b1, lists)
         grad_weight_R = parts.inner_PR.sum(dim=0)
         grad_w2 = _weight_gradient(hidden_RF, grad_TD, w2, lists, gather="right")
-        grad_w1 = _weight_gradient(x_TD, grad_pre_RF, w1, lists, gather="left")
+        grad_w1 = _weight_gradient(x_TD.to(rule.dtype), grad_pre_RF, w1, lists, gather="left")
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _combine(_down(grad_pre_RF, w1.to(rule.dtype).transpose(1, 2), None, weight_R, lists), lists)
+            grad_RD = _down(grad_pre_RF, w1.to(rule.dtype).transpose(1, 2), None, weight_R, lists)
+            grad_x = _combine(grad_RD, lists, x_TD.dtype)
         return grad_x, grad_weight_R, grad_w1, grad_b1, grad_w2, grad_b2, None, None
 
 
@@ -156,10 +159,10 @@ def _down(rows_RK: Tensor, weight: Tensor, bias: Tensor | None, weight_R: Tensor
     return out_RN
 
 
-def _combine(rows_RD: Tensor, lists: Lists) -> Tensor:
-    """Each token's rows added up: (T, D)."""
+def _combine(rows_RD: Tensor, lists: Lists, dtype: torch.dtype) -> Tensor:
+    """Each token's rows added up: (T, D) in ``dtype``."""
     width = rows_RD.size(1)
-    y_TD = rows_RD.new_empty(lists.num_tokens, width)
+    y_TD = rows_RD.new_empty(lists.num_tokens, width, dtype=dtype)
     block = power_of_two(width, 32, 1024)
     moved = float((reckoned_rows(lists.max_rows) + lists.num_tokens) * width * y_TD.element_size())
     launch(
