@@ -284,7 +284,7 @@ training_ranks() {
         fi
     done
     for pid in ${ranks[@]+"${ranks[@]}"}; do
-        parents+=("$(ps -o ppid= -p "$pid" | tr -d ' ')")
+        parents+=("$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status" 2>/dev/null)")
     done
     for place in "${!ranks[@]}"; do
         pid=${ranks[place]}
