@@ -25,7 +25,10 @@ def test_activations_and_their_derivatives(activation: str) -> None:
     pre = torch.randn(50, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(50, dtype=torch.float64)
     want = torch.autograd.grad(function.forward(pre), pre, grad)[0]
-    assert torch.allclose(function.backward(grad, pre.detach()), want)
+    assert torch.allclose(function.backward_(grad.clone(), pre.detach()), want)
+    overwritten = pre.detach().clone()
+    function.forward_into(overwritten, overwritten)
+    assert torch.equal(overwritten, function.forward(pre.detach()))
     named = {
         "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
         "relu": lambda x: x.clamp(min=0),

@@ -193,7 +193,7 @@ def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, i
     """Hidden units from pre-activations; ``in_place`` overwrites the latter."""
     hidden_RF = pre_RF if in_place else torch.empty_like(pre_RF)
     for rows in _row_blocks(pre_RF):
-        hidden_RF[rows] = activation.forward(pre_RF[rows])
+        activation.forward_into(pre_RF[rows], hidden_RF[rows])
     return hidden_RF if keep_RF is None else hidden_RF.mul_(keep_RF)
 
 
@@ -213,14 +213,15 @@ def _hidden_backward_(
     inner_R = torch.empty(pre_RF.size(0), dtype=sum_dtype, device=pre_RF.device)
     for rows in _row_blocks(pre_RF):
         weight_R1 = weight_R[rows].unsqueeze(-1).to(pre_RF.dtype)
-        hidden, grad = activation.forward(pre_RF[rows]), grad_RF[rows]
+        hidden, grad = hidden_RF[rows], grad_RF[rows]
+        activation.forward_into(pre_RF[rows], hidden)
         if keep_RF is not None:
-            hidden = hidden * keep_RF[rows]
+            hidden.mul_(keep_RF[rows])
         torch.sum(hidden * grad, dim=-1, dtype=sum_dtype, out=inner_R[rows])
-        torch.mul(hidden, weight_R1, out=hidden_RF[rows])
+        hidden.mul_(weight_R1)
         if keep_RF is not None:
-            grad = grad * keep_RF[rows]  # after the inner product, in which hidden has the dropout already
-        grad_RF[rows] = activation.backward(grad * weight_R1, pre_RF[rows])
+            grad.mul_(keep_RF[rows])  # after the inner product, in which hidden has the dropout already
+        activation.backward_(grad.mul_(weight_R1), pre_RF[rows])
     return hidden_RF, inner_R
 
 
