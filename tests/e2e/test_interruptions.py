@@ -40,7 +40,7 @@ def run(folder: Path, arguments: list[str], runs: list[dict[str, Any]]) -> list[
     jobs.write_text(json.dumps({"arguments": arguments, "runs": runs}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(Path(__file__).with_name("interrupted.py")), str(jobs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -74,7 +74,7 @@ def assert_equal(got: Any, want: Any) -> None:
         assert got == want
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_killed_or_stopped_anywhere_and_continued_it_ends_the_same(tmp_path: Path) -> None:
     arguments = [str(stock.binarised_pairs(tmp_path)), "--user-dir", str(stock.USER_DIR), *TRAIN]
     [(code, events)] = run(tmp_path, arguments, [job(tmp_path, "whole")])
