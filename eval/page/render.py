@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -179,12 +180,20 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "training words/s": lambda run: _scored(run, "training", "words_per_second", form="{:,.0f}"),
         "translated tokens/s": lambda run: _scored(run, "generation", "tokens_per_second", form="{:,.0f}"),
         "test sentences": lambda run: _analysed(run, "data", "sentences", form="{:,}"),
+        "training pairs": lambda run: _scored(run, "data", "train_pairs", form="{:,}"),
+        "routing figures are of": _routed,
     }
     for name, fact in facts.items():
         cells = [fact(run) for run in runs]
         if any(cell != "–" for cell in cells):
             rows.append([name, *cells])
     return {"headers": ["", *(run.name for run in runs)], "rows": rows + _price_rows(runs)}
+
+
+def _routed(run: Run) -> str:
+    """Checkpoint and set whose routing the page shows; report.md has the same."""
+    path, name = run.analysed("checkpoint").get("path"), run.analysed("data").get("set")
+    return f"{Path(path).name} on {name}" if path and name else "–"
 
 
 def _price_rows(runs: Sequence[Run]) -> list[list[str]]:

@@ -212,6 +212,7 @@ def test_every_stage_runs_in_its_order_and_leaves_its_evidence(life):
     page = (aside / "report.html").read_text(encoding="utf-8")
     assert "explorer" in page
     assert "at the price loss:0.01" in page
+    assert "averaged.pt on test" in page
 
 
 def test_long_lines_and_missing_checkpoints_are_told_and_stop_nothing(life):
