@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from tests.e2e import stock
+from xmoe_fairseq.checkpoints import quantise
+from xmoe_fairseq.checkpoints.files import CheckpointError
 
 pytestmark = pytest.mark.e2e
 ARCH = "xmoe_transformer_tiny"
@@ -219,3 +221,16 @@ checkpoint: {{save_dir: {tmp_path / "saved"}, no_epoch_checkpoints: true}}
 def test_a_checkpoint_of_other_sizes_is_refused(data: Path, checkpoint: Path) -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for encoder.layers.1.moe.router.weight"):
         translate(data, checkpoint, "--model-overrides", "{'moe_num_experts': 4}")
+
+
+def test_int8_translates_independently_of_the_batch_and_is_not_trained_on(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    int8 = tmp_path / "int8.pt"
+    assert not quantise.main(["--checkpoint", str(checkpoint), "--out", str(int8), "--what", "all"])
+    alone = translate(data, int8, "--batch-size", 1)
+    assert alone == translate(data, int8, "--batch-size", 5) == translate(data, int8, "--batch-size", 64)
+    same = sum(a == b for a, b in zip(alone, translate(data, checkpoint), strict=True))
+    assert same > 0.7 * len(alone)  # small letters and few updates: some sentences are a close call
+    with pytest.raises(CheckpointError, match="cannot be trained, continued or finetuned"):
+        train(data, tmp_path / "save", "--finetune-from-model", int8)
