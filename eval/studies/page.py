@@ -1,6 +1,6 @@
 """study.html: the tables and figures of a study on one page that needs no network.
 
-Below the study's own figures come those of eval.report for the first seed of every method: the paper's Fig 4, 5, 7, 8.
+Below the study's own figures come those of eval.report for the first seed of every method: the paper's Fig 4, 5, 7.
 """
 
 from __future__ import annotations
