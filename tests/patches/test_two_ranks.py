@@ -28,6 +28,7 @@ from tests.e2e import ranks  # noqa: E402
 from xmoe_fairseq.checkpoints.files import load_checkpoint  # noqa: E402
 from xmoe_fairseq.patches import signals  # noqa: E402
 
+pytestmark = pytest.mark.e2e
 WORDS = ranks.dictionary()
 SMALL = shlex.split("--encoder-layers 1 --decoder-layers 1 --moe-interval 1 --ddp-backend legacy_ddp")
 PARALLEL = "--moe-expert-parallel"
