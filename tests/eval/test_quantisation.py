@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from eval import quantisation
+from eval import quantisation, serve
 from eval.translate import Translator, TranslatorConfig
 from xmoe_fairseq.checkpoints import quantise
 from xmoe_fairseq.moe.native import rows
@@ -73,3 +73,13 @@ def test_one_checkpoint_is_too_few(tiny_model, capsys):
     arguments = ["--checkpoints", "a.pt", "--data", "d", "--source", "s", "--references", "r", "--subwords", "m"]
     assert quantisation.main([*arguments, "--source-lang", "uk", "--target-lang", "en"]) == 1
     assert "at least one quantised one" in capsys.readouterr().err
+
+
+def test_the_page_serves_int8(tiny_model, int8_file):
+    arguments = ["--checkpoint", int8_file, "--data", tiny_model.data, "--subwords", tiny_model.subwords]
+    page = serve.build_page(serve._parser().parse_args([*map(str, arguments), "--device", "cpu"]))
+    text = tiny_model.source[0]
+    answer = page.answer(json.dumps({"text": text, "threshold": 0}).encode())
+    assert answer["translation"]
+    assert answer["used"] == 1
+    assert answer["moe_flops"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.moe.helpers import assert_near, tiny_layer, tokens
 from xmoe_fairseq.moe import MoEConfig, MoELayer
@@ -130,3 +131,17 @@ def test_padding_stays_zero() -> None:
     y, _ = layer(x_TD, padding=padded(x_TD))
     assert not y[[0, 2]].any()
     assert y[[1, 3, 4, 5]].any(dim=1).all()
+
+
+@pytest.mark.parametrize("weights", ["float", "int8", "bfloat16"])
+def test_flops_of_few_rows_are_counted(weights: str) -> None:
+    """FlopCounterMode sees torch's operators only, so a counted pass takes those."""
+    layer = pair("int8")[0] if weights == "float" else pair(weights)[1]
+    x_TD = tokens(5, width=64)
+    with torch.no_grad():
+        want, plan = layer(x_TD)
+        with FlopCounterMode(display=False) as counter:
+            got, _ = layer(x_TD)
+    rows = plan.token_index_A.numel()
+    assert counter.get_total_flops() == rows * layer.config.flops_per_row + 2 * 5 * 8 * 64  # experts and router
+    assert_near(got, want, 1e-5)

@@ -12,8 +12,7 @@ from torch import Tensor
 from .. import host
 from ..activations import ACTIVATIONS
 from ..config import MoEConfig
-from ..native.library import chosen_path
-from ..native.rows import Groups, combine, float_linear
+from ..native.rows import Groups, combine, float_linear, path_for
 from ..plan import RoutingPlan
 
 # From this many rows per chosen expert on, GEMMs are faster (measured on a CPU with 512 x 1024: at 20 rows the kernels
@@ -26,7 +25,7 @@ def serves(config: MoEConfig, plan: RoutingPlan, x_TD: Tensor, *weights: Tensor)
     rows = plan.token_index_A.numel()
     if not rows or config.compute != "auto" or not host.on_cpu(x_TD):
         return False
-    if x_TD.dtype not in (torch.float32, torch.bfloat16) or chosen_path() == "torch":
+    if x_TD.dtype not in (torch.float32, torch.bfloat16) or path_for(x_TD) == "torch":
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, *weights)):
         return False

