@@ -17,15 +17,11 @@ FILES = {
 
 
 def imported(module: str, path: Path) -> set[str]:
-    """Modules of the project that ``module`` imports while it is itself imported; not the packages that hold it."""
+    """Modules of the project that ``module`` imports, in functions and for types too; not the packages that hold it."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
-    statements = list(ast.parse(path.read_text(encoding="utf-8")).body)
-    while statements:
-        statement = statements.pop()
-        if isinstance(statement, (ast.If, ast.Try)) and "TYPE_CHECKING" not in ast.dump(statement):
-            statements += statement.body + getattr(statement, "orelse", [])
-        elif isinstance(statement, ast.Import):
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
             found |= {alias.name for alias in statement.names}
         elif isinstance(statement, ast.ImportFrom):
             parents = package.split(".")

@@ -20,17 +20,14 @@ import logging
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import MoEConfig
 from ..plan import RoutingPlan
-
-if TYPE_CHECKING:
-    from ..experts.stacked import Experts
-    from ..routers.router import Router
+from ..registry import router_class
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +52,8 @@ def chosen(config: MoEConfig, device: torch.device, dtype: torch.dtype, training
 
 def _takes_all(config: MoEConfig, training: bool) -> bool:
     """True if every token takes every expert: then one dense product without gathering is cheaper (path "masked")."""
-    return config.router == "threshold" and config.threshold >= 1.0 and config.capacity_fraction(training) is None
+    takes_all = router_class(config.router).experts_wanted(config) == config.num_experts
+    return takes_all and config.capacity_fraction(training) is None
 
 
 @cache
@@ -72,7 +70,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the GPU is older than compute capability 8.0"
     from .check import self_check
 
-    reason = self_check(device, dtype)
+    reason = self_check(device, dtype, make_plan, expert_sum)
     if reason is not None:
         logger.warning(
             "moe_compute: kernels are not used on %s in %s, torch computes instead: %s", device, dtype, reason
@@ -81,7 +79,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def make_plan(
-    router: Router,
+    router: Any,
     x_TD: Tensor,
     real_T: Tensor | None,
     token_ids_T: Tensor | None,
@@ -91,7 +89,9 @@ def make_plan(
 
     Returns the tokens too: the experts must read these, so that one kernel adds the gradients of gate and experts.
 
-    A router whose rule the kernels know runs in them; any other chooses with torch and is served by them.
+    Args:
+        router: a ``Router``. If it has a kernel rule, the kernels choose; else torch chooses, and the kernels apply the
+            capacity.
     """
     from . import routing
 
@@ -99,14 +99,14 @@ def make_plan(
     if rule is not None:
         return routing.route(x_TD, router.weight, real_T, rule, router.config, training)
     if real_T is not None:
-        # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+        # a NaN at padding would reach the gradient of shared weights as 0 * NaN
         x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
     choices = router(x_TD, real_T, token_ids_T)
     return x_TD, routing.plan_choices(choices, real_T, router.config, training, x_TD.dtype)
 
 
-def expert_sum(experts: Experts, x_TD: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
-    """Sum over each token's kept experts of weight * expert(x): (T, D) in ``dtype``."""
+def expert_sum(experts: Any, x_TD: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """Sum over each token's kept experts of weight * expert(x): (T, D) in ``dtype``; ``experts`` is an ``Experts``."""
     from . import experts as kernel_experts
     from .plan import DevicePlan, lists_of
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..experts.stacked import Experts
 from ..plan import RoutingPlan
+from ..registry import LAYERS
 
 # Largest difference allowed, relative to the largest value: sums run in another order, in the dtype of the experts.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 NUM_TOKENS = 200
 
 
-def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where both ways agree, else what differs or failed. Leaves no trace in random generators."""
-    from ..layer import MoELayer
+def self_check(
+    device: torch.device, dtype: torch.dtype, make_plan: Callable[..., Any], expert_sum: Callable[..., Any]
+) -> str | None:
+    """None where both ways agree, else what differs or failed. Leaves no trace in random generators.
 
+    ``make_plan`` and ``expert_sum`` are those of this package, which imports this module.
+    """
     config = MoEConfig(embed_dim=64, num_experts=8, expert_dim=96, threshold=0.7, compute="loop")
     try:
         with (
@@ -27,32 +33,21 @@ def self_check(device: torch.device, dtype: torch.dtype) -> str | None:
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         ):
             torch.manual_seed(1)
-            layer = MoELayer(config)
+            layer = LAYERS["routed"](config)
             torch.nn.init.normal_(layer.router.weight, std=0.3)
             layer.experts.to(dtype)
             layer.to(device)
             x_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype).requires_grad_()
             grad_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype)
             real_T = torch.arange(NUM_TOKENS, device=device) % 9 != 0
-            wanted, got = (step(layer, x_TD, grad_TD, real_T) for step in (_torch_step, _kernel_step))
+            y_TD, plan = layer(x_TD, padding=~real_T)
+            wanted = _gradients(layer, x_TD, grad_TD, y_TD, plan)
+            x_read, plan = make_plan(layer.router, x_TD, real_T, None, training=True)
+            got = _gradients(layer, x_TD, grad_TD, expert_sum(layer.experts, x_read, plan, dtype), plan)
             return _difference(wanted, got, dtype)
     except Exception as error:  # whatever a compiler or driver raises
         lines = str(error).strip().splitlines() or [repr(error)]
         return f"{type(error).__name__}: {lines[0]}"
-
-
-def _torch_step(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, real_T: Tensor) -> list[Tensor]:
-    y_TD, plan = layer(x_TD, padding=~real_T)
-    return _gradients(layer, x_TD, grad_TD, y_TD, plan)
-
-
-def _kernel_step(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, real_T: Tensor) -> list[Tensor]:
-    from . import expert_sum, make_plan
-
-    experts = layer.experts
-    assert isinstance(experts, Experts)
-    x_read, made = make_plan(layer.router, x_TD, real_T, None, training=True)  # type: ignore[arg-type]
-    return _gradients(layer, x_TD, grad_TD, expert_sum(experts, x_read, made, x_TD.dtype), made)
 
 
 def _gradients(layer: torch.nn.Module, x_TD: Tensor, grad_TD: Tensor, y_TD: Tensor, plan: RoutingPlan) -> list[Tensor]:
