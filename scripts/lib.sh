@@ -211,7 +211,10 @@ signature_differences() { # signature_differences OLD NEW
     awk -F = -v old="$1" '
         function name_of(line) { sub(/=.*/, "", line); return line }
         function value_of(line) { sub(/^[^=]*=/, "", line); return line }
-        BEGIN { n = split(old, lines, "\n"); for (i = 1; i <= n; i++) { order[i] = name_of(lines[i]); was[order[i]] = value_of(lines[i]) } }
+        BEGIN {
+            n = split(old, lines, "\n")
+            for (i = 1; i <= n; i++) { order[i] = name_of(lines[i]); was[order[i]] = value_of(lines[i]) }
+        }
         { name = name_of($0); is[name] = value_of($0); if (!(name in was)) { order[++n] = name } }
         END {
             for (i = 1; i <= n; i++) {

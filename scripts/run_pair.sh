@@ -340,7 +340,8 @@ generate() {
     run_to_with_bar "$translations/generate.txt" "$translations/generate.log" "$num_lines" \
         fairseq-generate "$test_bin" --user-dir "$user_dir" --path "$averaged" \
         --source-lang "$source_language" --target-lang "$target_language" --gen-subset test \
-        --beam "$beam" --lenpen "$lenpen" --max-len-a "$max_len_a" --max-len-b "$max_len_b" --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
+        --beam "$beam" --lenpen "$lenpen" --max-len-a "$max_len_a" --max-len-b "$max_len_b" \
+        --max-tokens "$max_tokens" --required-batch-size-multiple 1 \
         --distributed-world-size 1 --model-overrides "$model_overrides" ${device_flags[@]+"${device_flags[@]}"}
 }
 

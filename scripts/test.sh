@@ -35,7 +35,10 @@ part() { # part NAME COMMAND...
     log "$name: passed in $((SECONDS - start)) s"
 }
 
-shell_lint() { find . -name '*.sh' -not -path './.venv*' -not -path './runs/*' -exec shellcheck -x .ci/run {} +; }
+shell_lint() {
+    find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './.venv*' -not -path './runs/*' \
+        -exec shellcheck -x .ci/run {} +
+}
 
 run_pytest() { # run_pytest MARKER_EXPRESSION
     # One thread a process: the processes share the cores.

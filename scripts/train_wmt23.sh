@@ -156,7 +156,8 @@ prepare_data() {
     stage clean clean_text "pair=$pair" "language_id=$language_id" -- "${raw_files[@]}"
     train_text=$data/clean/train
     if ((max_pairs > 0)); then
-        stage sample sample_text "max_pairs=$max_pairs" "sample_seed=$sample_seed" -- "$train_text.$source_language" "$train_text.en"
+        stage sample sample_text "max_pairs=$max_pairs" "sample_seed=$sample_seed" -- \
+            "$train_text.$source_language" "$train_text.en"
         train_text=$data/sample/train
     fi
     train_files=("$train_text.$source_language" "$train_text.en")
