@@ -128,3 +128,37 @@ def fairscale_moe(width: int, num_experts: int, hidden: int) -> nn.Module:
             return self.layer(x_TD.unsqueeze(1)).squeeze(1)
 
     return OneSentence()
+
+
+class GroupedGemms(nn.Module):
+    """torch's grouped GEMMs with GELU between them, on rows that are already in place: a floor for ragged layers."""
+
+    def __init__(self, width: int, num_experts: int, hidden: int, rows_per_expert: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(num_experts, width, hidden) / math.sqrt(width))
+        self.w2 = nn.Parameter(torch.randn(num_experts, hidden, width) / math.sqrt(hidden))
+        self.num_rows = num_experts * rows_per_expert
+        end_E = torch.arange(1, num_experts + 1, dtype=torch.int32) * rows_per_expert
+        self.register_buffer("end_E", end_E, persistent=False)
+
+    def forward(self, rows_RD: Tensor) -> Tensor:
+        grouped = torch.nn.functional.grouped_mm
+        hidden_RF = nn.functional.gelu(grouped(rows_RD, self.w1, offs=self.end_E))
+        return grouped(hidden_RF, self.w2, offs=self.end_E)
+
+
+def scatter_moe(width: int, num_experts: int, hidden: int, top_k: int) -> nn.Module:
+    """ScatterMoE's layer (shawntan/scattermoe) with a plain top-k router; no capacity, no biases. CUDA only."""
+    from scattermoe.mlp import MLP
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(width, num_experts, bias=False)
+            self.experts = MLP(width, hidden, num_experts, top_k, activation=nn.GELU())
+
+        def forward(self, x_TD: Tensor) -> Tensor:
+            prob_TK, expert_TK = self.gate(x_TD).float().softmax(-1).topk(top_k, dim=-1)
+            return self.experts(x_TD, prob_TK.to(x_TD.dtype), expert_TK)
+
+    return Routed()

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is first imported, whoever does that."""
+"""Without a GPU, kernels run in Triton's interpreter. Triton reads the variable when it is first imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of a layer by kernels and by torch, side by side: on a GPU where there is one, else in Triton's interpreter."""
+"""A step of a layer by kernels and by torch: on a GPU where there is one, else in Triton's interpreter."""
 
 from __future__ import annotations
 
