@@ -51,7 +51,7 @@ def route(logits_TG: Tensor, rule: KernelRule, real_T: Tensor | None = None) -> 
     num_gates = logits_TG.size(1)
     config = MoEConfig(embed_dim=num_gates, num_experts=num_gates, expert_dim=4, capacity_factor=None)
     gate = torch.eye(num_gates, device=DEVICE)
-    return routing.route(logits_TG.to(DEVICE), gate, real_T, rule, config, training=True)
+    return routing.route(logits_TG.to(DEVICE), gate, real_T, rule, config, training=True)[1]
 
 
 @pytest.mark.parametrize("num_gates", [1, 6, 33, 512])
@@ -88,7 +88,7 @@ def test_sums_for_the_losses_and_their_gradients() -> None:
     gate = torch.eye(5, device=DEVICE).requires_grad_()
     config = MoEConfig(5, 5, 4, threshold=0.7, capacity_factor=None, z_loss_weight=0.5)
     rule = KernelRule(threshold=0.7, most=5, num_gates=5)
-    plan = routing.route(logits.to(DEVICE), gate, real.to(DEVICE), rule, config, training=True)
+    _, plan = routing.route(logits.to(DEVICE), gate, real.to(DEVICE), rule, config, training=True)
     assert plan.balance is not None
     assert plan.z_loss is not None
 
