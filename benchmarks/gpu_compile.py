@@ -7,8 +7,8 @@ compiled kernel would be launched; what was recorded is compiled for sm_80 and s
 several settings are compiled once. The table: registers and spilled bytes of a thread, shared memory of a block,
 tensor-core instructions, and local loads and stores (spills) inside the loops that multiply.
 
-Exit 1: a matrix product spills in its main loop; a block's shared memory exceeds the device's; a product in half
-precision, or in float32 where TF32 is allowed, has no tensor-core instruction; a kernel does not compile.
+Exit 1: a matrix product spills in its main loop; a block's shared memory exceeds the device's; a product has no
+tensor-core instruction and is not one of float32 operands without TF32; a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def record_step(name: str, setting: Setting) -> list[Unit]:
     for (kernel, arguments, constants), launched in zip(calls, recorded.launches, strict=True):
         unit = _unit(kernel, arguments, constants)
         unit.is_product = launched.cost.flops > 0
-        unit.needs_tensor_cores = unit.is_product and (setting.dtype != torch.float32 or setting.tf32)
+        unit.needs_tensor_cores = unit.is_product and not _is_exact(arguments, constants)
         unit.dtype = "tf32" if setting.tf32 else str(setting.dtype).removeprefix("torch.")
         unit.settings = [name]
         units.append(unit)
@@ -191,6 +191,13 @@ def _unit(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) ->
             signature[name], fixed[(names.index(name),)] = "constexpr", value
     options = {name: constants[name] for name in OPTIONS if name in constants}
     return Unit(kernel, signature, fixed, attributes, options, False, False, "", [])
+
+
+def _is_exact(arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:
+    """Whether float32 operands are multiplied as float32, which tensor cores cannot: the default without TF32, and the
+    router's products under autocast."""
+    precision = constants.get("PRECISION", constants.get("DOT"))
+    return precision == "ieee" and arguments[0].dtype == torch.float32
 
 
 def unique_units(settings: dict[str, Setting]) -> list[Unit]:
@@ -303,7 +310,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--json", metavar="FILE", help="also write the table to this file")
     options: argparse.Namespace = parser.parse_args()
-    os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: kernels shall be compiled
+    if os.environ.pop("TRITON_INTERPRET", None):  # torch may have imported triton, which then cannot compile
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_compile", *sys.argv[1:]])
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does unasked, without its warning
     if not kernels.find_spec("triton"):
         parser.error("triton is not installed here; requirements-dev.txt names the version that is tested")
