@@ -13,7 +13,7 @@ others.
   layer      forward and backward, and forward, of one layer beside dense, torch's grouped GEMM, ScatterMoE, transformers
   decode     5 to 640 tokens
   train      words a second of fairseq-train, bfloat16, by kernels and by torch
-  generate   sentences a second of fairseq-generate with briefly trained models, by kernels and by torch
+  generate   sentences a second of fairseq-generate with models of random weights, beam 5
   compare    every method of the demo, trained, scored and put into one table
 
   --part NAME       one of these; may be given several times
@@ -92,18 +92,33 @@ run_decode() {
     timed gpu-decode "$python" -m benchmarks.gpu_layer --modes decode --out "$out/gpu-decode.json"
 }
 
-run_train() {
-    local way
-    for way in auto loop; do
-        timed "gpu-train-$way" "$python" -m benchmarks.train --device cuda --optimizer adam --rounds 1 \
-            --updates "$updates" --max-tokens 8192 --out "$out/gpu-train-$way.json" \
-            --extra --amp --bf16 --moe-compute "$way"
-    done
+run_train() { # the dense model knows no moe_ flags, so the other way is timed by itself
+    local -a shared=(--device cuda --optimizer adam --rounds 1 --updates "$updates" --max-tokens 8192)
+    with_fairseq
+    timed gpu-train "$python" -m benchmarks.train "${shared[@]}" --out "$out/gpu-train.json" --extra --amp --bf16
+    timed gpu-train-by-torch "$python" -m benchmarks.train "${shared[@]}" --archs xmoe_transformer \
+        --out "$out/gpu-train-by-torch.json" --extra --amp --bf16 --moe-compute grouped
 }
 
 run_generate() {
-    timed gpu-generate "$python" -m benchmarks.generate --device cuda --train-first "$out/gpu-generate-models" \
-        --batch-size 64 --rounds 2 --out "$out/gpu-generate.json"
+    with_fairseq
+    timed gpu-generate "$python" -m benchmarks.generate --random "$root/runs/gpu-models" --device cuda --rounds 2 \
+        --models 'dense float32' 'sparse float32' --sentences 512 --batch-sizes 1 64 --beams 5 \
+        --out "$out/gpu-generate.json"
+}
+
+with_fairseq() { # fairseq's commands in PATH, from the interpreter itself where none are installed
+    local name
+    PATH=$(dirname "$(command -v "$python")"):$PATH
+    [[ -z $dry_run ]] || return 0
+    "$python" -c 'import fairseq' || die "this part needs fairseq, which $python does not have"
+    command -v fairseq-train >/dev/null && return
+    shims=$(mktemp -d)
+    for name in preprocess train generate; do
+        printf '#!/bin/sh\nexec "%s" -m fairseq_cli.%s "$@"\n' "$python" "$name" >"$shims/fairseq-$name"
+        chmod +x "$shims/fairseq-$name"
+    done
+    PATH=$shims:$PATH
 }
 
 run_compare() {
@@ -118,11 +133,16 @@ cd "$root"
     "$python" -c 'import torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' | tee "$out/gpu-device.txt"
 }
+shims=''
 failed=()
 for part in "${parts[@]}"; do
     part_start=$SECONDS
     set +e # in a condition, bash would run on after a failing command of the part
-    (set -e && "run_$part")
+    (
+        set -e
+        trap '[[ -z $shims ]] || rm -r "$shims"' EXIT
+        "run_$part"
+    )
     code=$?
     set -e
     if ((code)); then

@@ -96,6 +96,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("bench train", "benchmarks.train", "fairseq-train's words per second"),
         Command("bench generate", "benchmarks.generate", "translation speed"),
         Command("bench cost-model", "benchmarks.cost_model", "time and traffic of a training on many ranks, computed"),
+        Command("bench gpu", "benchmarks/gpu.sh", "all of this on a GPU, in parts of at most 9 minutes"),
+        Command(
+            "bench gpu-layer", "benchmarks.gpu_layer", "one layer on a GPU, eager and as a graph, beside its peers"
+        ),
+        Command("bench gpu-count", "benchmarks.gpu_count", "launches, bytes and time of a layer on a GPU, on paper"),
+        Command("bench gpu-compile", "benchmarks.gpu_compile", "compile the GPU kernels and look for spills"),
         Command("bench hf-peers", "benchmarks/hf_peers.sh", "beside the sparse blocks of transformers"),
     ),
 }
