@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def looks_afresh() -> Iterator[None]:
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(check, "self_check", lambda device, dtype: None)
+    monkeypatch.setattr(check, "self_check", lambda device, dtype, *ways: None)
 
 
 def chosen(
@@ -59,7 +60,7 @@ def test_auto_takes_kernels_on_gpus_alone() -> None:
 def test_a_failed_self_check_warns_once_and_torch_computes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(check, "self_check", lambda device, dtype: "output of a small training step differ by 3")
+    monkeypatch.setattr(check, "self_check", lambda device, dtype, *ways: "output of a small training step differ by 3")
     with caplog.at_level(logging.WARNING):
         assert not chosen()
         assert not chosen()
@@ -100,29 +101,21 @@ def test_the_self_check_agrees_and_leaves_random_numbers_alone(dtype: torch.dtyp
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    assert check.self_check(HERE, dtype) is None
+    assert check.self_check(HERE, dtype, kernels.make_plan, kernels.expert_sum) is None
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_self_check_sees_wrong_numbers_and_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = check._torch_step
+def test_the_self_check_sees_wrong_numbers_and_errors() -> None:
+    def wrong(*inputs: Any) -> torch.Tensor:
+        return kernels.expert_sum(*inputs) * 1.01
 
-    def wrong(*inputs: object) -> list[torch.Tensor]:
-        results = right(*inputs)
-        results[7] = results[7] * 1.01
-        return results
+    told = check.self_check(HERE, torch.float32, kernels.make_plan, wrong) or ""
+    assert "output of a small training step differ by" in told
 
-    monkeypatch.setattr(check, "_kernel_step", wrong)
-    assert "w1 of a small training step differ by" in (check.self_check(HERE, torch.float32) or "")
-
-    def broken(*inputs: object) -> list[torch.Tensor]:
+    def broken(*inputs: Any) -> torch.Tensor:
         raise OSError("no compiler\nand more lines")
 
-    monkeypatch.setattr(check, "_kernel_step", broken)
-    told = check.self_check(HERE, torch.float32) or ""
-    assert "OSError" in told
-    assert "no compiler" in told
-    assert "more lines" not in told
+    assert check.self_check(HERE, torch.float32, kernels.make_plan, broken) == "OSError: no compiler"
 
 
 def test_importing_and_using_the_layer_imports_no_triton() -> None:

@@ -54,7 +54,7 @@ def route(logits_TG: Tensor, rule: KernelRule, real_T: Tensor | None = None) -> 
     return routing.route(logits_TG.to(DEVICE), gate, real_T, rule, config, training=True)[1]
 
 
-@pytest.mark.parametrize("num_gates", [1, 6, 33, 512])
+@pytest.mark.parametrize("num_gates", [1, 6, pytest.param(33, marks=pytest.mark.slow), 512])
 def test_route_orders_and_counts_as_torch_does(num_gates: int) -> None:
     """Logits in quarters tie often; the mass at which a token stops is no sum of such probabilities."""
     if num_gates == 512 and DEVICE == "cpu":
