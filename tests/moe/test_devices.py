@@ -1,4 +1,7 @@
-"""The way that GPUs take: on CPU tensors with ``host.on_cpu`` replaced by False, and on a GPU where there is one."""
+"""The way that GPUs take: on CPU tensors with ``host.on_cpu`` replaced by False, and torch's ways on a GPU where there is one.
+
+Kernels of our own: test_gpu.py and kernels/.
+"""
 
 from __future__ import annotations
 
@@ -123,15 +126,3 @@ def test_half_precision_on_a_gpu_is_near_single(compute: str, dtype: torch.dtype
         assert_near(y.float().cpu(), expected.cpu(), 0.03)
         # the router computes in float32, whatever the experts do
         assert torch.equal(plan.expert_index_A, half_plan.expert_index_A)
-
-
-@NEEDS_GPU
-def test_deterministic_mode_on_a_gpu_repeats_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = (step(tiny_layer("threshold"), "cuda") for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(one, other) for one, other in zip(first[2], second[2], strict=True))
