@@ -253,7 +253,7 @@ def _parser() -> CommandParser:
     parser.flag("--seed", default=1, help="of random grouping, k-means and a random router")
     parser.add_argument("--router", choices=_routers(), help="default: threshold; copy: switch")
     for setting in _layer_flags():
-        flag, default = "--" + setting.name.replace("_", "-"), OWN_DEFAULTS.get(setting.flat, setting.default)
+        flag, default = setting.flag.replace("--moe-", "--"), OWN_DEFAULTS.get(setting.flat, setting.default)
         if setting.kind is bool:
             parser.add_argument(flag, action="store_true", help=setting.help)
         else:
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = DenseImport(args.num_experts, args.mode, args.grouping, args.router_start, args.router_scale, args.seed)
     moe = {
         "moe_router": args.router or ("threshold" if args.mode == "split" else "switch"),
-        **{setting.flat: getattr(args, setting.name) for setting in _layer_flags()},
+        **{setting.flat: getattr(args, setting.flat.removeprefix("moe_")) for setting in _layer_flags()},
     }
     new = import_dense(load_checkpoint(args.checkpoint), how, moe)
     save_checkpoint(new, args.out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEAST_MASS = tl.constexpr(1e-30)  # as in routers/base.py
+LEAST_MASS = tl.constexpr(1e-30)  # as in routers/router.py
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold_units", "most"])
