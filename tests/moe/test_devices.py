@@ -1,4 +1,4 @@
-"""The way that GPUs take: on CPU tensors with ``host.on_cpu`` replaced by False, and torch's ways on a GPU where there is one.
+"""The way that GPUs take: on CPU tensors with ``host.on_cpu`` replaced by False, and on a GPU where there is one.
 
 Kernels of our own: test_gpu.py and kernels/.
 """
