@@ -21,6 +21,7 @@ from tests.moe.helpers import ROUTERS
 from xmoe_fairseq.moe import MoEConfig, MoELayer, RoutingPlan
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
@@ -83,7 +84,8 @@ def step(layer: MoELayer, given: dict[str, Tensor]) -> tuple[Tensor, RoutingPlan
 
 
 def assert_close(got: Tensor, want: Tensor, relative: float) -> None:
-    worst, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (got.double() - want.double(), want.double()))
+    got, want = got.detach().double(), want.detach().double()
+    worst, scale = (float(t.abs().max()) if t.numel() else 0.0 for t in (got - want, want))
     assert worst <= relative * max(scale, 1e-20), f"differs by {worst:.3g}, largest value {scale:.3g}"
 
 

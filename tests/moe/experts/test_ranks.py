@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,8 @@ def run_rank(rank: int, world: int, store: str) -> None:
     check_equal("all rows to the first rank")
     for path in ("bmm", "loop", "masked", "grouped"):
         check_equal(path, compute=path)
+    if world == 2 and find_spec("triton") and not torch.cuda.is_available():
+        check_equal("triton", compute="triton")  # in its interpreter (tests/conftest.py)
     check_state()
     check_bytes(autocast=False)
     check_bytes(autocast=True)
