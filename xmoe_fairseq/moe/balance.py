@@ -109,7 +109,7 @@ def _load(gate: Tensor, num_gates: int, real: Tensor | None) -> Tensor:
 
 def _terms(load_G: Tensor, prob_TG: Tensor, real_T: Tensor | None) -> BalanceTerms:
     if real_T is None:
-        tokens = prob_TG.new_tensor(float(prob_TG.size(0)))
+        tokens = prob_TG.new_full((), prob_TG.size(0))
         return BalanceTerms(load_G, prob_TG.sum(dim=0), tokens)
     # torch.where instead of a product, because NaN * 0 would bring a NaN at a padded position into the loss
     prob_sum_G = torch.where(real_T.unsqueeze(-1), prob_TG, 0.0).sum(dim=0)

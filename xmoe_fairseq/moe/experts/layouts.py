@@ -7,6 +7,7 @@ matrices. A layout has R = A rows, or R = E x C where rows are padded to the ful
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,12 +39,14 @@ class TokenRows:
         ``embedding_bag`` sums the rows of a token without writing scaled copies. ``index_add_`` is ten times as slow on
         a CPU and not deterministic on CUDA.
         """
-        order_A, start_T = self._by_token()
+        order_A, start_T = self._by_token
         weight = None if weight_A is None else weight_A.index_select(0, order_A).to(out_RD.dtype)
         slot_A = order_A if self.slot_A is None else self.slot_A.index_select(0, order_A)
         return torch.nn.functional.embedding_bag(slot_A, out_RD, start_T, mode="sum", per_sample_weights=weight)
 
+    @cached_property
     def _by_token(self) -> tuple[Tensor, Tensor]:
+        """int64 (A,) and (T,): assignments by token, and where each token's begin; the backward pass needs them too."""
         order_A = torch.argsort(self.plan.token_index_A, stable=True)
         count_T = self.plan.experts_per_token_T
         return order_A, count_T.cumsum(0) - count_T
@@ -77,7 +80,9 @@ class RowLayout(TokenRows, ABC):
         if weight_R is not None:
             grad_RO = grad_RO * weight_R.unsqueeze(-1).to(grad_RO.dtype)
         wide_RO = grad_RO.to(torch.promote_types(grad_RO.dtype, torch.float32))
-        total_EO: Tensor = torch.segment_reduce(wide_RO, "sum", lengths=self.plan.count_E, initial=0.0)
+        total_EO: Tensor = torch.segment_reduce(
+            wide_RO, "sum", lengths=self.plan.count_E, initial=0.0, unsafe=True
+        )  # the checks that unsafe leaves out would read the counts on the host
         return total_EO.to(grad_RO.dtype)
 
     def bias_inner(self, grad_RO: Tensor, bias_EO: Tensor) -> Tensor:
@@ -180,7 +185,9 @@ class GroupedRows(RowLayout):
         return torch.nn.functional.grouped_mm(grad_RO, weight_EIO.transpose(1, 2), offs=self.end_E)
 
     def weight_gradient(self, in_RI: Tensor, grad_RO: Tensor) -> Tensor:
-        return torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
+        # some GPUs write nonzero values for empty groups (pytorch/pytorch issue 172439)
+        gradient_EIO = torch.nn.functional.grouped_mm(in_RI.t(), grad_RO, offs=self.end_E)
+        return gradient_EIO.masked_fill_((self.plan.count_E == 0).view(-1, 1, 1), 0.0)
 
 
 def groupable(*widths: int, dtype: torch.dtype) -> bool:
@@ -192,11 +199,12 @@ def groupable(*widths: int, dtype: torch.dtype) -> bool:
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """True if grouped_mm is one kernel on this device; elsewhere torch runs a loop of GEMMs over the groups.
 
+    Compute capability 9.x alone: later ones have open faults with empty groups (pytorch/pytorch issues 172439, 193633).
     Source: pytorch/pytorch pull requests 161407 and 162059.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 LAYOUTS: dict[str, type[RowLayout]] = {"bmm": BatchedRows, "grouped": GroupedRows, "loop": LoopRows}

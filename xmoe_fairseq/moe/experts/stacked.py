@@ -39,6 +39,10 @@ GATHER_UNITS = 42
 # Costs on a CPU in rows of a batched GEMM: reading a matrix, in a batched GEMM and in one of its own, and a row of the
 # latter. Fitted to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and bfloat16; not measured on a GPU.
 BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
+# On a GPU without a grouped kernel one batched GEMM may compute so many rows for each real one, or so many in all.
+PADDING, FEW_ROWS = 4, 16384
+# torch's grouped GEMM takes fewer groups than this.
+MOST_GROUPS = 1024
 # Size of a block of rows that stays in one core's second-level cache through a few elementwise passes.
 BLOCK_BYTES = 512 << 10
 
@@ -88,7 +92,9 @@ class Experts(nn.Module):
                 return self._masked(x_TD, plan, weights)
             dropout = self.config.activation_dropout if self.training else 0.0
             layout = LAYOUTS[path if plan.token_index_A.numel() else "loop"](plan)
-            arguments = (x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout)
+            # under no_grad needs_input_grad still tells of parameters, so the function is told
+            keeps_graph = torch.is_grad_enabled()
+            arguments = (x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout, keeps_graph)
             return cast(Tensor, _ExpertSum.apply(*arguments))
 
     def in_float(self, expert: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,10 +133,11 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     pairs = plan.num_tokens * config.num_experts
     if rows * (config.expert_dim + GATHER_UNITS) >= pairs * config.expert_dim and rows > 0:
         return "masked"
-    if has_grouped_kernel(plan.token_index_A.device, dtype) and groupable(
-        config.embed_dim, config.expert_dim, dtype=dtype
-    ):
+    fits = groupable(config.embed_dim, config.expert_dim, dtype=dtype) and config.num_experts < MOST_GROUPS
+    if fits and has_grouped_kernel(plan.token_index_A.device, dtype):
         return "grouped"
+    if not host.on_cpu(plan.count_E) and config.num_experts * int(plan.count_E.max()) <= PADDING * rows + FEW_ROWS:
+        return "bmm"  # an expert by itself costs launches
     batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
     single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows
     return "bmm" if batched <= single else "loop"
@@ -159,10 +166,10 @@ class _ExpertSum(torch.autograd.Function):
         layout: RowLayout,
         activation: str,
         dropout: float,
+        keeps_graph: bool,
     ) -> Tensor:
         pre_RF = layout.linear(layout.gather(x_TD), w1, b1)
         keep_RF = _dropout_scale(pre_RF, dropout)
-        keeps_graph = any(ctx.needs_input_grad)
         hidden_RF = _hidden(pre_RF, keep_RF, ACTIVATIONS[activation], in_place=not keeps_graph)
         if keeps_graph:
             ctx.save_for_backward(x_TD, weight_A, w1, b1, w2, b2, pre_RF, keep_RF)
@@ -186,7 +193,7 @@ class _ExpertSum(torch.autograd.Function):
         grad_w1 = layout.weight_gradient(layout.gather(x_TD), grad_RF)
         grad_b1 = layout.bias_gradient(grad_RF)
         grad_x = layout.combine(layout.input_gradient(grad_RF, w1), None) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_weight_A, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
+        return grad_x, grad_weight_A, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None, None
 
 
 def _hidden(pre_RF: Tensor, keep_RF: Tensor | None, activation: Activation, *, in_place: bool) -> Tensor:

@@ -38,7 +38,9 @@ def expert_sum(
     Args:
         x_TD: (T, D). weight_R: float32 (R,). w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D), any float dtype.
     """
-    y_TD: Tensor = _ExpertSum.apply(x_TD, weight_R, w1, b1, w2, b2, lists, rule)
+    # under no_grad needs_input_grad still tells of parameters, so the function is told
+    keeps_graph = torch.is_grad_enabled()
+    y_TD: Tensor = _ExpertSum.apply(x_TD, weight_R, w1, b1, w2, b2, lists, rule, keeps_graph)
     return y_TD
 
 
@@ -54,9 +56,9 @@ class _ExpertSum(torch.autograd.Function):
         b2: Tensor,
         lists: Lists,
         rule: ExpertRule,
+        keeps_graph: bool,
     ) -> Tensor:
         x_TD = x_TD.contiguous()
-        keeps_graph = any(ctx.needs_input_grad)
         seed = _seed(rule, x_TD.device)
         hidden_RF, pre_RF = _up(
             x_TD.to(rule.dtype), w1.to(rule.dtype), b1, weight_R, lists, rule, seed, save_pre=keeps_graph
@@ -84,7 +86,7 @@ class _ExpertSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_RD = _down(grad_pre_RF, w1.to(rule.dtype).transpose(1, 2), None, weight_R, lists)
             grad_x = _combine(grad_RD, lists, x_TD.dtype)
-        return grad_x, grad_weight_R, grad_w1, grad_b1, grad_w2, grad_b2, None, None
+        return grad_x, grad_weight_R, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
 
 
 class _Parts:

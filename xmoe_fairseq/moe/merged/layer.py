@@ -183,7 +183,7 @@ class MergedMoELayer(MoELayer):
         self, x_TBD: Tensor, real_TB: Tensor | None, choice1: GateChoice, choice2: GateChoice, merges: int
     ) -> RoutingPlan:
         num_tokens = x_TBD.size(0) * x_TBD.size(1)
-        num_real = torch.tensor(num_tokens, device=x_TBD.device) if real_TB is None else real_TB.sum()
+        num_real = torch.full((), num_tokens, device=x_TBD.device) if real_TB is None else real_TB.sum()
         real_B = None if real_TB is None else real_TB.any(dim=0)
 
         def per_token(value_BE: Tensor) -> Tensor:
