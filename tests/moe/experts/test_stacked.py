@@ -55,7 +55,7 @@ def test_backward_equals_finite_differences(compute: str, dropout: float, activa
     def run(x: torch.Tensor, weight_A: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)  # the same hidden units drop every time
         layout = stacked.LAYOUTS[compute](plan)
-        return stacked._ExpertSum.apply(x, weight_A, *weights, layout, activation, dropout)
+        return stacked._ExpertSum.apply(x, weight_A, *weights, layout, activation, dropout, True)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
