@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import gate as gate_kernels
 from .launch import Cost, launch
-from .tiles import power_of_two, widens
+from .tiles import gate_tile, widens
 
 
 def flags(real_T: Tensor | None, like: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def gradient_precision(dtype: torch.dtype) -> str:
 def gate_logits(x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None) -> Tensor:
     (num_tokens, width), num_gates = x_TD.shape, gate_GD.size(0)
     logits = torch.empty(num_tokens, num_gates, device=x_TD.device)
-    block_t, block_g, block_d = 32, power_of_two(num_gates, 16, 64), power_of_two(width, 16, 64)
+    block_t, (block_g, block_d) = 32, gate_tile(num_gates, width, x_TD.dtype)
     launch(
         gate_kernels.gate_logits, (-(-num_tokens // block_t), -(-num_gates // block_g)),
         x_TD, gate_GD.contiguous(), flags(real_T, x_TD), logits, num_tokens, width, num_gates,
@@ -54,7 +54,7 @@ def gate_input_gradient(grad_logits: Tensor, gate_GD: Tensor, x_TD: Tensor, othe
     """Gradient of ``x_TD`` through the gate, plus ``others``."""
     (num_tokens, width), num_gates = x_TD.shape, gate_GD.size(0)
     grad_x = torch.empty_like(x_TD)
-    block_t, block_g, block_d = 32, power_of_two(num_gates, 16, 64), power_of_two(width, 16, 128)
+    block_t, (block_g, block_d) = 32, gate_tile(num_gates, width, x_TD.dtype)
     launch(
         gate_kernels.gate_input_gradient, (-(-num_tokens // block_t), -(-width // block_d)),
         grad_logits, gate_GD.contiguous(), grad_x if others is None else others.contiguous(), grad_x,
@@ -67,7 +67,8 @@ def gate_input_gradient(grad_logits: Tensor, gate_GD: Tensor, x_TD: Tensor, othe
 
 def gate_weight_gradient(grad_logits: Tensor, x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None) -> Tensor:
     (num_tokens, width), num_gates = x_TD.shape, gate_GD.size(0)
-    block_t, block_g, block_d = 64, power_of_two(num_gates, 16, 64), power_of_two(width, 16, 64)
+    block_g, block_d = gate_tile(num_gates, width, x_TD.dtype)
+    block_t = block_d if x_TD.dtype == torch.float32 else 64
     chunk = max(256, block_t * -(-num_tokens // (64 * block_t)))
     parts = -(-num_tokens // chunk)
     precision = "split" if x_TD.dtype == torch.bfloat16 else gradient_precision(x_TD.dtype)

@@ -41,6 +41,11 @@ def tile_rows(max_rows: int, num_experts: int, dtype: torch.dtype) -> int:
 
 
 @cache
+def capability() -> tuple[int, int]:
+    """Compute capability of the GPU, (9, 0) where there is none: of two tiles the smaller fits before 9.0."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+
+
 def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: int = 256) -> Tile:
     """Tile of rows times matrices; measured on an H100 for bfloat16.
 
@@ -57,18 +62,25 @@ def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: i
     n = power_of_two(num_n, 16, most_n if rows >= 128 else min(most_n, 128))
     warps = 8 if rows * n > 64 * 64 else 4
     if most_n < 256 and warps == 8:
-        return Tile(rows, n, k, warps, stages, parts=2 if n > 64 else 1, registers=128)
+        # before 9.0 products hold their operands in registers, too, and a limit would spill in their loop
+        limit = 128 if capability() >= (9, 0) else None
+        return Tile(rows, n, k, warps, stages, parts=2 if n > 64 else 1, registers=limit)
     return Tile(rows, n, k, warps, stages, parts=2 if rows * n > 32 * 32 * warps else 1)
 
 
-@cache
 def outer_tile(num_m: int, num_n: int, dtype: torch.dtype) -> Tile:
     """Tile of weight gradients; ``k`` is the number of rows in a step."""
     if dtype == torch.float32:
         return Tile(power_of_two(num_m, 16, 64), power_of_two(num_n, 16, 64), 32, 4, 2)
     m, n = power_of_two(num_m, 16, 128), power_of_two(num_n, 16, 128)
     # of four stages, gathering takes two: the token of a row, then the row
-    return Tile(m, n, 64, 4, 4)
+    return Tile(m, n, 64, 4 if capability() >= (9, 0) or m * n <= 64 * 128 else 8, 4)
+
+
+def gate_tile(num_gates: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Gates and columns of a gate's program; float32 products without tensor cores have less room for both."""
+    most = 32 if dtype == torch.float32 else 64
+    return power_of_two(num_gates, 16, most), power_of_two(width, 16, most)
 
 
 @cache
