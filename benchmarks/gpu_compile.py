@@ -119,20 +119,21 @@ class Unit:
 
 
 @contextmanager
-def _stopped_before_launching(calls: list[tuple[Any, ...]]) -> Iterator[None]:
-    """The layer takes CPU tensors for a GPU's, and compiled launches are collected in place of being run."""
-    from xmoe_fairseq.moe.kernels import launch
+def _stopped_before_launching(calls: list[tuple[Any, ...]], arch: int) -> Iterator[None]:
+    """The layer takes CPU tensors for those of a GPU of ``arch``; compiled launches are collected and not run."""
+    from xmoe_fairseq.moe.kernels import launch, tiles
 
-    chosen, run = kernels.chosen, launch._run_compiled
+    chosen, run, capability = kernels.chosen, launch._run_compiled, tiles.capability
     kernels.chosen = lambda *_: True
+    tiles.capability = lambda: divmod(arch, 10)
     launch._run_compiled = lambda kernel, grid, arguments, constants: calls.append((kernel, arguments, constants))
     try:
         yield
     finally:
-        kernels.chosen, launch._run_compiled = chosen, run
+        kernels.chosen, launch._run_compiled, tiles.capability = chosen, run, capability
 
 
-def record_step(name: str, setting: Setting) -> list[Unit]:
+def record_step(name: str, setting: Setting, arch: int) -> list[Unit]:
     """What one step of the layer would launch."""
     from xmoe_fairseq.moe.kernels import launch
 
@@ -149,7 +150,7 @@ def record_step(name: str, setting: Setting) -> list[Unit]:
         torch.set_grad_enabled(trains),
         torch.autocast("cpu", setting.dtype, enabled=setting.autocast),
         launch.record() as recorded,
-        _stopped_before_launching(calls),
+        _stopped_before_launching(calls, arch),
     ):
         y_TD, plan = layer(x_TD, token % 10 == 0 if trains else None, token)
         if trains:
@@ -200,10 +201,11 @@ def _is_exact(arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:
     return precision == "ieee" and arguments[0].dtype == torch.float32
 
 
-def unique_units(settings: dict[str, Setting]) -> list[Unit]:
+def unique_units(settings: dict[str, Setting], arch: int) -> list[Unit]:
+    """What steps of all settings launch on a GPU of ``arch``, equal launches once."""
     found: dict[str, Unit] = {}
     for name, setting in settings.items():
-        for unit in record_step(name, setting):
+        for unit in record_step(name, setting, arch):
             known = found.setdefault(unit.key(), unit)
             if name not in known.settings:
                 known.settings.append(name)
@@ -285,21 +287,20 @@ def inspect_code(code: str) -> dict[str, int]:
     return {"tensor_core": sum(bool(MULTIPLIES.search(line)) for line in lines), "loop_spills": spills}
 
 
-_UNITS: list[Unit] = []  # what forked processes compile
+_JOBS: list[tuple[Unit, int]] = []  # what forked processes compile
 
 
-def _compile_by_number(job: tuple[int, int]) -> dict[str, Any]:
-    return compile_unit(_UNITS[job[0]], job[1])
+def _compile_by_number(number: int) -> dict[str, Any]:
+    return compile_unit(*_JOBS[number])
 
 
-def compile_all(units: list[Unit], archs: list[int], processes: int) -> list[dict[str, Any]]:
-    """Rows for each unit and architecture; forked processes share the recorded kernels."""
-    jobs = [(number, arch) for number in range(len(units)) for arch in archs]
-    _UNITS[:] = units
+def compile_all(jobs: list[tuple[Unit, int]], processes: int) -> list[dict[str, Any]]:
+    """A row for each job, a unit and an architecture; forked processes share the recorded kernels."""
+    _JOBS[:] = jobs
     if processes == 1:
-        return [_compile_by_number(job) for job in jobs]
+        return [_compile_by_number(number) for number in range(len(jobs))]
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return pool.map(_compile_by_number, jobs, chunksize=1)
+        return pool.map(_compile_by_number, range(len(jobs)), chunksize=1)
 
 
 def main() -> None:
@@ -316,8 +317,9 @@ def main() -> None:
     if not kernels.find_spec("triton"):
         parser.error("triton is not installed here; requirements-dev.txt names the version that is tested")
     torch.set_num_threads(1)
-    units = unique_units({name: settings[name] for name in options.settings})
-    rows = compile_all(units, options.arch, options.workers)
+    asked = {name: settings[name] for name in options.settings}
+    jobs = [(unit, arch) for arch in options.arch for unit in unique_units(asked, arch)]
+    rows = compile_all(jobs, options.workers)
     rows.sort(key=lambda row: (row["kernel"], row["arch"]))
     print(table(rows, COLUMNS))
     if options.json:

@@ -67,10 +67,11 @@ def test_every_shape_of_the_named_architectures_is_a_setting() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_step_compiles_for_an_h100_without_faults(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_training_step_compiles_without_faults(arch: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     out = tmp_path / "compile.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_compile", "--settings", "64x1024", "--arch", "90"]
+    command = [sys.executable, "-m", "benchmarks.gpu_compile", "--settings", "64x1024", "--arch", str(arch)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [*command, "--json", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -80,4 +81,7 @@ def test_a_training_step_compiles_for_an_h100_without_faults(tmp_path: Path) -> 
     products = ("gate_logits", "expert_up", "rows_times_experts", "hidden_backward", "weight_gradient")
     assert all(rows[name]["tensor_core"] and not rows[name]["loop_spills"] for name in products)
     assert {"route_forward", "select", "place", "by_token", "combine_rows", "route_backward"} <= rows.keys()
-    assert all(0 < row["registers"] <= 255 and row["shared_KB"] <= 227 for row in rows.values())
+    assert all(
+        0 < row["registers"] <= 255 and row["shared_KB"] <= gpu_compile.SHARED_LIMIT[arch] / 1024
+        for row in rows.values()
+    )
