@@ -85,12 +85,13 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
             ValueError: shapes that do not fit, or a missing input.
         """
         x_TD, real_T, ids_T = self._flatten(x, padding, token_ids)
-        by_kernels = kernels.chosen(self.config, x.device, compute_dtype(x), self.training)
+        dtype = compute_dtype(x)
+        by_kernels = kernels.chosen(self.config, x.device, dtype, self.training)
         if real_T is not None and (not by_kernels or self.shared is not None):
             # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
             x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
         if by_kernels:
-            x_TD, plan = kernels.make_plan(self.router, x_TD, real_T, ids_T, self.training)
+            x_TD, plan = kernels.make_plan(self.router, x_TD, real_T, ids_T, self.training, dtype)
         else:
             plan = self._torch_plan(x_TD, real_T, ids_T)
         y_TD = self.experts(x_TD, plan)

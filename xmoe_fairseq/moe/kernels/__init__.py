@@ -84,6 +84,7 @@ def make_plan(
     real_T: Tensor | None,
     token_ids_T: Tensor | None,
     training: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, RoutingPlan]:
     """Route tokens (T, D) without waiting for the device: the plan's lists of pairs are made when asked for.
 
@@ -92,17 +93,18 @@ def make_plan(
     Args:
         router: a ``Router``. If it has a kernel rule, the kernels choose; else torch chooses, and the kernels apply the
             capacity.
+        dtype: what the experts compute in; tiles of rows are as large as suits it.
     """
     from . import routing
 
     rule = router.kernel_rule() if not router._forward_hooks else None
     if rule is not None:
-        return routing.route(x_TD, router.weight, real_T, rule, router.config, training)
+        return routing.route(x_TD, router.weight, real_T, rule, router.config, training, dtype)
     if real_T is not None:
         # a NaN at padding would reach the gradient of shared weights as 0 * NaN
         x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
     choices = router(x_TD, real_T, token_ids_T)
-    return x_TD, routing.plan_choices(choices, real_T, router.config, training, x_TD.dtype)
+    return x_TD, routing.plan_choices(choices, real_T, router.config, training, dtype)
 
 
 def expert_sum(experts: Any, x_TD: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:

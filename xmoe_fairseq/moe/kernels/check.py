@@ -42,7 +42,7 @@ def self_check(
             real_T = torch.arange(NUM_TOKENS, device=device) % 9 != 0
             y_TD, plan = layer(x_TD, padding=~real_T)
             wanted = _gradients(layer, x_TD, grad_TD, y_TD, plan)
-            x_read, plan = make_plan(layer.router, x_TD, real_T, None, training=True)
+            x_read, plan = make_plan(layer.router, x_TD, real_T, None, True, dtype)
             got = _gradients(layer, x_TD, grad_TD, expert_sum(layer.experts, x_read, plan, dtype), plan)
             return _difference(wanted, got, dtype)
     except Exception as error:  # whatever a compiler or driver raises

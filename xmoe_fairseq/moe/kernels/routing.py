@@ -29,7 +29,13 @@ UNITS = 2**53  # probabilities are summed in units of its inverse
 
 
 def route(
-    x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None, rule: KernelRule, config: MoEConfig, training: bool
+    x_TD: Tensor,
+    gate_GD: Tensor,
+    real_T: Tensor | None,
+    rule: KernelRule,
+    config: MoEConfig,
+    training: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, DevicePlan]:
     """Plan for tokens (T, D), routed by the weights of a gate (G, D). Gradients reach both.
 
@@ -37,8 +43,9 @@ def route(
 
     Args:
         x_TD: float32, bfloat16 or float16. real_T: bool, False at padding; None when nothing is padding.
+        dtype: what the experts compute in; None: that of ``x_TD``.
     """
-    bounds = capacity_bounds(config, x_TD.size(0), rule.most, training, x_TD.dtype)
+    bounds = capacity_bounds(config, x_TD.size(0), rule.most, training, dtype or x_TD.dtype)
     kept: list[Any] = []
     x_TD, weight_R, prob_sum_G, square = _Route.apply(x_TD, gate_GD, real_T, rule, config, bounds, kept)
     lists, selected, num_real = kept
