@@ -15,6 +15,15 @@ import triton.language as tl
 LEAST_MASS = tl.constexpr(1e-30)  # as in routers/router.py
 
 
+@triton.jit
+def _is_real(real, token, is_token, HAS_PADDING: tl.constexpr):
+    """bool: tokens of the batch that are not padding."""
+    if HAS_PADDING:
+        return is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+    else:
+        return is_token
+
+
 @triton.jit(do_not_specialize=["num_tokens", "threshold_units", "most"])
 def route_forward(
     logits, real, prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
@@ -36,9 +45,7 @@ def route_forward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = is_token
-    if HAS_PADDING:
-        is_real = is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+    is_real = _is_real(real, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     row = token.to(tl.int64)[:, None] * num_gates
     logit = tl.load(logits + row + gate[None, :], mask=is_token[:, None] & is_gate[None, :], other=-float("inf"))
@@ -92,9 +99,7 @@ def route_backward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = is_token
-    if HAS_PADDING:
-        is_real = is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+    is_real = _is_real(real, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     is_true = gate < num_experts
     where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]

@@ -46,6 +46,7 @@ def capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
+@cache
 def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: int = 256) -> Tile:
     """Tile of rows times matrices; measured on an H100 for bfloat16.
 
@@ -68,6 +69,7 @@ def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: i
     return Tile(rows, n, k, warps, stages, parts=2 if rows * n > 32 * 32 * warps else 1)
 
 
+@cache
 def outer_tile(num_m: int, num_n: int, dtype: torch.dtype) -> Tile:
     """Tile of weight gradients; ``k`` is the number of rows in a step."""
     if dtype == torch.float32:

@@ -17,13 +17,6 @@ struct Simd {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
     }
-    static float number(const float* p) { return *p; }
-    static float number(const uint16_t* p) {
-        const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-        float value;
-        __builtin_memcpy(&value, &bits, sizeof value);
-        return value;
-    }
     static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
     static Float multiply_add(float a, Float b, Float c) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c); }
 

@@ -17,13 +17,6 @@ struct Simd {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     }
-    static float number(const float* p) { return *p; }
-    static float number(const uint16_t* p) {
-        const uint32_t bits = static_cast<uint32_t>(*p) << 16;
-        float value;
-        __builtin_memcpy(&value, &bits, sizeof value);
-        return value;
-    }
     static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
     static Float multiply_add(float a, Float b, Float c) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c); }
 

@@ -14,6 +14,15 @@ constexpr int kDepth = 8;  // input rows of a float matrix that are read togethe
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// float32 of a weight of either kind; uint16_t holds a bfloat16.
+inline float number(const float* p) { return *p; }
+inline float number(const uint16_t* p) {
+    const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 // Calls body(expert, first, last) for pieces of the output width of every expert that has rows.
 template <class Body>
 void for_each_piece(const Rows& rows, int64_t piece, const Body& body) {
@@ -126,7 +135,7 @@ void float_piece(const float* x_RI, const Weight* w_EIO, const float* bias_EO, c
             for (int64_t a = begin; a < end; ++a) {
                 const float* x = x_RI + (rows.row_A ? rows.row_A[a] : a) * in + i;
                 float sum = out_AO[a * out + o];
-                for (int d = 0; d < depth; ++d) sum = __builtin_fmaf(x[d], Simd::number(w + (i + d) * out + o), sum);
+                for (int d = 0; d < depth; ++d) sum = __builtin_fmaf(x[d], number(w + (i + d) * out + o), sum);
                 out_AO[a * out + o] = sum;
             }
     }
