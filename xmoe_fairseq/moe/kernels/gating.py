@@ -37,7 +37,7 @@ def gate_logits(x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None) -> Tensor:
         gate_kernels.gate_logits, (-(-num_tokens // block_t), -(-num_gates // block_g)),
         x_TD, gate_GD.contiguous(), flags(real_T, x_TD), logits, num_tokens, width, num_gates,
         HAS_PADDING=real_T is not None, PRECISION=gate_precision(x_TD.dtype), WIDEN=widens(x_TD.dtype),
-        BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_D=block_d, num_warps=4, num_stages=3,
+        BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_D=block_d, num_warps=4, num_stages=2,
         cost=lambda: _gate_cost(x_TD, gate_GD, logits, block_t),
     )  # fmt: skip
     return logits

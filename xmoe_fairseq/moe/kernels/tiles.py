@@ -46,7 +46,6 @@ def capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
-@cache
 def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: int = 256) -> Tile:
     """Tile of rows times matrices; measured on an H100 for bfloat16.
 
@@ -56,6 +55,11 @@ def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: i
             what the forward pass kept) leaves room for two programs on a processor: one multiplies while the other
             computes its epilogue.
     """
+    return _row_tile(rows, num_n, num_k, dtype, most_n, capability() >= (9, 0))
+
+
+@cache
+def _row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, most_n: int, is_hopper: bool) -> Tile:
     if dtype == torch.float32:
         return Tile(rows, power_of_two(num_n, 16, 64), power_of_two(num_k, 16, 32), 4, 2)
     k = power_of_two(num_k, 16, 64)
@@ -64,12 +68,11 @@ def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: i
     warps = 8 if rows * n > 64 * 64 else 4
     if most_n < 256 and warps == 8:
         # before 9.0 products hold their operands in registers, too, and a limit would spill in their loop
-        limit = 128 if capability() >= (9, 0) else None
+        limit = 128 if is_hopper else None
         return Tile(rows, n, k, warps, stages, parts=2 if n > 64 else 1, registers=limit)
     return Tile(rows, n, k, warps, stages, parts=2 if rows * n > 32 * 32 * warps else 1)
 
 
-@cache
 def outer_tile(num_m: int, num_n: int, dtype: torch.dtype) -> Tile:
     """Tile of weight gradients; ``k`` is the number of rows in a step."""
     if dtype == torch.float32:
