@@ -19,6 +19,8 @@ _KEYS = {
 }
 # flags of run_pair.sh that a study may give to all cells; those of the data go to the preparation alone
 _DATA_FLAGS = ("subwords", "vocab-size", "workers")
+# prices of inference where a study names none
+_GOALS = ("loss:0.01", "budget:0.5", "budget:1.0")
 _CELL_FLAGS = ("average", "beam", "lenpen", "max-tokens", "device", "launcher")
 
 
@@ -103,7 +105,7 @@ class Study:
         prepared += ["--subword-model", str(data / "subwords"), "--test-set", cell.pair.test_set]
         given = ["--config", cell.method.config, "--seed", str(cell.seed)]
         given += [word for setting in cell.method.settings for word in ("--set", setting)]
-        given += [word for goal in self.goals for word in ("--calibrate", goal)]
+        given += [word for goal in self.goals or ("none",) for word in ("--calibrate", goal)]
         if cell.seed != cell.method.seeds[0]:
             given.append("--no-analysis")  # the page shows the routing of each method's first seed
         return [*_run_pair(cell.pair, out / "cells" / cell.name), *prepared, *given, *self.cell_flags]
@@ -151,7 +153,7 @@ def load_study(path: Path) -> Study:
         baseline=baseline,
         data_flags=_flags(flags, _DATA_FLAGS),
         cell_flags=_flags(flags, _CELL_FLAGS),
-        goals=tuple(str(goal) for goal in given.get("calibrate") or ("loss:0.01", "budget:0.5", "budget:1.0")),
+        goals=tuple(str(goal) for goal in given.get("calibrate", _GOALS)),
     )
 
 

@@ -28,7 +28,7 @@ methods:
 seeds: [1, 2]
 set: {optimization.max_update: 20}
 run: {vocab-size: 40, average: "last:2", beam: 2, device: cpu, workers: 1}
-calibrate: ["budget:1.0"]
+calibrate: []
 """
 
 
