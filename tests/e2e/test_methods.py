@@ -16,6 +16,7 @@ from eval.text.loading import load
 from tests.e2e import stock
 from xmoe_fairseq.checkpoints.inspect import inspect_checkpoint
 from xmoe_fairseq.moe import MoEConfig, MoELayer
+from xmoe_fairseq.moe.registry import ROUTERS
 
 TRANSLATION = ["dense", "xmoe", "switch", "top_k", "hash", "base", "adamoe", "meo", "dense_xmoe"]
 LANGUAGE = ["dense", "xmoe", "switch", "top_k", "hash", "base", "adamoe", "dense_xmoe"]
@@ -165,7 +166,17 @@ def test_a_yaml_sets_what_a_router_from_outside_declares(pairs, tmp_path):
     assert saved["moe_margin"] == [1.5, 1.25]
 
 
+@pytest.fixture
+def known_routers():
+    """Forgets afterwards what a test registered: later checkpoints would hold settings that other processes lack."""
+    before = dict(ROUTERS)
+    yield
+    ROUTERS.clear()
+    ROUTERS.update(before)
+
+
 @pytest.mark.e2e
+@pytest.mark.usefixtures("known_routers")
 def test_a_router_from_outside_the_package(pairs, tmp_path):
     own = stock.ROOT / "tests" / "e2e" / "own_router"
     flags = ("--moe-router", "above_average", "--moe-margin", "1.01")
