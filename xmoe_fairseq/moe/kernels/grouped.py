@@ -25,12 +25,14 @@ def _product(left, right, total, DOT: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile_expert, tile_row, row_end_E, tile):
-    """A tile's expert (-1: there is no such tile), its first row, and the row behind the expert's last one."""
+def _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M: tl.constexpr):
+    """A tile's expert (-1: no such tile), its first row, the row behind the expert's last one, its rows, their mask."""
     expert = tl.load(tile_expert + tile)
     is_tile = expert >= 0
     first = tl.load(tile_row + tile, mask=is_tile, other=0)
-    return expert, first, tl.load(row_end_E + expert, mask=is_tile, other=0)
+    end = tl.load(row_end_E + expert, mask=is_tile, other=0)
+    row = first + tl.arange(0, BLOCK_M)
+    return expert, first, end, row, row < end
 
 
 @triton.jit
@@ -69,11 +71,9 @@ def expert_up(
     """hidden (R, F) = weight_R * activation(pre) with pre = x[token] @ w1[e] + b1[e], stored if SAVE_PRE."""
     num_n = tl.cdiv(num_hidden, BLOCK_N)
     tile = tl.program_id(0) // num_n
-    expert, first, end = _tile(tile_expert, tile_row, row_end_E, tile)
+    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    in_rows = row < end
     # rows behind the expert's last one are computed from token 0 and not stored
     token = tl.load(token_R + row, mask=in_rows, other=0)
     column = (tl.program_id(0) % num_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -142,11 +142,9 @@ def rows_times_experts(
     """out (R, N) = rows (R, K) @ weight[e] (K, N); with HAS_BIAS plus weight_R * bias[e]."""
     num_blocks = tl.cdiv(num_n, BLOCK_N)
     tile = tl.program_id(0) // num_blocks
-    expert, first, end = _tile(tile_expert, tile_row, row_end_E, tile)
+    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    in_rows = row < end
     column = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < num_n
     expert_long = expert.to(tl.int64)
@@ -183,11 +181,9 @@ def hidden_backward(
     num_n = tl.cdiv(num_hidden, BLOCK_N)
     tile = tl.program_id(0) // num_n
     block = tl.program_id(0) % num_n
-    expert, first, end = _tile(tile_expert, tile_row, row_end_E, tile)
+    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
-    row = first + tl.arange(0, BLOCK_M)
-    in_rows = row < end
     token = tl.load(token_R + row, mask=in_rows, other=0)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < num_hidden
