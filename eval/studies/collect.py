@@ -188,9 +188,8 @@ def within_seeds(study: Study, out: Path, reports: dict[str, Any]) -> dict[str, 
             if len(names) < 2:
                 continue
             systems = [(name, _hypotheses(out, cells[f"{pair.name}/{name}/seed-{seed}"])) for name in names]
-            target = pair.name.split("-")[1]
-            references = [files.read_lines(f"{pair.test}.{target}")]
-            tested = compare.compare_systems(systems, references, method="bootstrap", target_language=target)
+            references = [files.read_lines(f"{pair.test}.{pair.target}")]
+            tested = compare.compare_systems(systems, references, method="bootstrap", target_language=pair.target)
             result.setdefault(pair.name, {})[str(seed)] = {
                 system["name"]: {metric: score["p_value"] for metric, score in system["scores"].items()}
                 for system in tested["systems"][1:]
@@ -199,7 +198,7 @@ def within_seeds(study: Study, out: Path, reports: dict[str, Any]) -> dict[str, 
 
 
 def _hypotheses(out: Path, cell: Cell) -> list[str]:
-    return files.read_lines(out / "cells" / cell.name / "translations" / f"test.{cell.pair.name.split('-')[1]}")
+    return files.read_lines(out / "cells" / cell.name / "translations" / f"test.{cell.pair.target}")
 
 
 def speeds(study: Study, out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {
     "study": ("title", "pairs", "methods", "seeds", "baseline", "set", "run", "calibrate"),
-    "pair": ("train", "valid", "test", "test_set"),
+    "pair": ("train", "valid", "test", "test_set", "vocab-size"),
     "method": ("config", "set", "seeds", "title", "paper"),
 }
 # flags of run_pair.sh that a study may give to all cells; those of the data go to the preparation alone
@@ -26,13 +26,28 @@ _CELL_FLAGS = ("average", "beam", "lenpen", "max-tokens", "device", "launcher")
 
 @dataclass(frozen=True)
 class Pair:
-    """One language pair: prefixes of its text, and what the test set is called."""
+    """One language pair: prefixes of its text, what the test set is called, and flags of its data.
+
+    Attributes:
+        name: ``de-en``, or with a word after a dot, ``de-en.30k``, where a study has several texts of a pair.
+    """
 
     name: str
     train: str
     valid: str
     test: str
     test_set: str
+    data_flags: tuple[str, ...]
+
+    @property
+    def languages(self) -> str:
+        """Such as ``de-en``."""
+        return self.name.split(".")[0]
+
+    @property
+    def target(self) -> str:
+        """The language that is translated into."""
+        return self.languages.split("-")[-1]
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,6 @@ class Study:
     pairs: tuple[Pair, ...]
     methods: tuple[Method, ...]
     baseline: str
-    data_flags: tuple[str, ...]
     cell_flags: tuple[str, ...]
     goals: tuple[str, ...]
 
@@ -96,7 +110,7 @@ class Study:
     def data_command(self, pair: Pair, out: Path) -> list[str]:
         """Subwords and binary data of one pair, once for all its cells."""
         texts = ["--train", pair.train, "--valid", pair.valid, "--test", pair.test]
-        return [*_run_pair(pair, out / "data" / pair.name), *texts, *self.data_flags, "--data-only"]
+        return [*_run_pair(pair, out / "data" / pair.name), *texts, *pair.data_flags, "--data-only"]
 
     def cell_command(self, cell: Cell, out: Path) -> list[str]:
         """The run of one cell; anyone can start it alone."""
@@ -112,7 +126,7 @@ class Study:
 
 
 def _run_pair(pair: Pair, out: Path) -> list[str]:
-    return ["bash", str(ROOT / "scripts" / "run_pair.sh"), "--pair", pair.name, "--out", str(out)]
+    return ["bash", str(ROOT / "scripts" / "run_pair.sh"), "--pair", pair.languages, "--out", str(out)]
 
 
 def load_study(path: Path) -> Study:
@@ -133,7 +147,6 @@ def load_study(path: Path) -> Study:
     for key in ("pairs", "methods", "seeds"):
         if not given.get(key):
             raise ValueError(f"{path}: {key} is missing or empty; a study has pairs, methods and seeds")
-    pairs = tuple(_pair(path, name, value) for name, value in _named(path, "pairs", given["pairs"]).items())
     common = _settings(path, "set", given.get("set"))
     seeds = _seeds(path, "seeds", given["seeds"])
     methods = tuple(
@@ -146,12 +159,12 @@ def load_study(path: Path) -> Study:
     for flag in flags:
         if flag not in _DATA_FLAGS + _CELL_FLAGS:
             raise ValueError(f"{path}: run: {flag} is not one of {', '.join(_DATA_FLAGS + _CELL_FLAGS)}")
+    pairs = tuple(_pair(path, name, value, flags) for name, value in _named(path, "pairs", given["pairs"]).items())
     return Study(
         title=str(given.get("title", path.stem)),
         pairs=pairs,
         methods=methods,
         baseline=baseline,
-        data_flags=_flags(flags, _DATA_FLAGS),
         cell_flags=_flags(flags, _CELL_FLAGS),
         goals=tuple(str(goal) for goal in given.get("calibrate", _GOALS)),
     )
@@ -172,13 +185,15 @@ def _named(path: Path, place: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _pair(path: Path, name: str, value: Any) -> Pair:
+def _pair(path: Path, name: str, value: Any, flags: Mapping[str, Any]) -> Pair:
     given = _mapping(path, f"pair {name}", value, "pair")
     missing = [key for key in ("train", "valid", "test") if not given.get(key)]
     if missing:
         raise ValueError(f"{path}: pair {name}: {', '.join(missing)} missing: a prefix PREFIX of PREFIX.LANGUAGE files")
     texts = {key: str(Path(given[key]).absolute()) for key in ("train", "valid", "test")}
-    return Pair(name, **texts, test_set=str(given.get("test_set", Path(given["test"]).name)))
+    own = {flag: given[flag] for flag in _DATA_FLAGS if flag in given}
+    test_set = str(given.get("test_set", Path(given["test"]).name))
+    return Pair(name, **texts, test_set=test_set, data_flags=_flags({**flags, **own}, _DATA_FLAGS))
 
 
 def _method(path: Path, name: str, value: Any, common: tuple[str, ...], seeds: tuple[int, ...]) -> Method:
