@@ -1,6 +1,7 @@
 """study.html: the tables and figures of a study on one page that needs no network.
 
-Below the study's own figures come those of eval.report for the first seed of every method: the paper's Fig 4, 5, 7.
+The wall time of training is the paper's Fig 8. Below the study's own figures come those of eval.report for the first
+seed of every method: Fig 4, 5 and 7.
 """
 
 from __future__ import annotations
@@ -50,6 +51,27 @@ def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Fig
     return _figure(key, f"{pair}: {title} against FLOPs", caption, traces, "MFLOPs a token at inference", title)
 
 
+def wall_time(study: dict[str, Any], speeds: dict[str, Any], pair: str) -> Figure:
+    """The paper's Fig 8 for the whole model: time of a training word against the FLOPs of the MoE layers."""
+    traces = []
+    for number, (name, method) in enumerate(study["pairs"][pair]["methods"].items()):
+        x, y, seeds = [], [], []
+        for seed, cell in method["seeds"].items():
+            words = speeds[f"{pair}/{name}/seed-{seed}"]["training_words_per_second"]
+            if words:
+                x.append(cell["moe_flops_training"])
+                y.append(1e6 / words)
+                seeds.append(f"seed {seed}")
+        if x:
+            traces.append(_points(method["title"], x, y, number, seeds))
+    caption = (
+        "Whole training, words of the target side. Cells that ran at the same time shared the machine, so small "
+        "differences say nothing; a single layer on a quiet machine is timed by xmoe bench."
+    )
+    title = f"{pair}: wall time of training against FLOPs (Fig 8 of the paper)"
+    return _figure(f"wall-time-{pair}", title, caption, traces, "MoE FLOPs / dense, training", "microseconds a word")
+
+
 def _points(name: str, x: list[Any], y: list[float], number: int, labels: list[str]) -> dict[str, Any]:
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     style = {"color": colour, "symbol": marker, "size": 9}
@@ -66,13 +88,14 @@ def _figure(key: str, title: str, caption: str, traces: list[dict[str, Any]], x:
     return Figure(key, title, caption, traces, layout, ["method", "point", x, y], rows)
 
 
-def figures(study: dict[str, Any]) -> list[Figure]:
+def figures(study: dict[str, Any], speeds: dict[str, Any]) -> list[Figure]:
     """The study's own figures, pair by pair."""
     found = []
     for pair, content in study["pairs"].items():
         if content["methods"]:
             found += [seed_points(study, pair, measure) for measure in MEASURES]
             found += [quality_against_flops(study, pair, measure) for measure in ("dev_loss", "bleu")]
+            found.append(wall_time(study, speeds, pair))
     return found
 
 
@@ -99,4 +122,4 @@ def tables(study: dict[str, Any], speeds: dict[str, Any]) -> list[dict[str, Any]
 
 def render(study: dict[str, Any], speeds: dict[str, Any], runs: Sequence[Run]) -> str:
     """The page; ``runs`` as of eval.report, the first seed of every method."""
-    return render_report(runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study)})
+    return render_report(runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study, speeds)})

@@ -153,6 +153,7 @@ def test_cells_add_up(study_file, tmp_path):
     assert "29.4/53.3" in shown  # the paper's cell
     assert "de-en: xmoe (2.650) —[p" in shown
     html = page.render(content, speeds, [])
+    assert "(Fig 8 of the paper)" in html
     assert "Differences over seeds" in html
     assert '"name":"XMoE 4 x 16"' in html
 
