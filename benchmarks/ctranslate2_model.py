@@ -8,15 +8,16 @@ left out of the time; the model is converted once, beside the checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import xmoe_fairseq  # noqa: F401  lets the checkpoint load safely
+from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 
 def converted(checkpoint: Path, data: Path, quantization: str) -> Path:
@@ -31,21 +32,25 @@ def converted(checkpoint: Path, data: Path, quantization: str) -> Path:
     return folder
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--quantization", default="int8")
-    parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--length", type=int, default=24, help="tokens of every translation")
-    parser.add_argument("--sentences", type=int, help="the first N sentences of the test set")
-    options = parser.parse_args()
+def _parser() -> CommandParser:
+    parser = command_parser("ctranslate2_model", __doc__, prog="python -m benchmarks.ctranslate2_model")
+    parser.flag("--checkpoint", type=Path, required=True, help="a dense model")
+    parser.flag("--data", type=Path, required=True)
+    parser.add_argument("--quantization", default="int8", help="CTranslate2's name of it (default int8)")
+    parser.flag("--beam", default=5)
+    parser.flag("--batch-size", default=64)
+    parser.add_argument("--length", type=int, default=24, help="tokens of every translation (default 24)")
+    parser.add_argument("--sentences", type=int, help="translate only the first N sentences of the test set")
+    return parser
+
+
+@reports_errors("ctranslate2_model")
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
     try:
         import ctranslate2
     except ImportError:
-        print("error: ctranslate2 is not installed: pip install ctranslate2", file=sys.stderr)
-        return 1
+        raise ValueError("ctranslate2 is not installed; pip install ctranslate2") from None
     folder = converted(options.checkpoint, options.data, options.quantization)
     lines = (options.data.parent / "test.xx").read_text().splitlines()[: options.sentences]
     threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

@@ -1,6 +1,6 @@
 """What one layer costs on a GPU on paper: launches, host waits, bytes, FLOPs and time, counted without a GPU.
 
-    xmoe bench gpu-count [--json FILE]
+    xmoe bench gpu-count [--out FILE]
 
 The torch way runs on CPU tensors with the package's question "does the host hold this tensor?" answered no, so that it
 takes the steps it takes on CUDA; a dispatch mode counts each call that is not a view or an allocation. Half-precision
@@ -270,7 +270,7 @@ def output_of_result(result: Any) -> Tensor:
 def main() -> None:
     parser = command_parser("bench gpu-count", __doc__)
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
-    parser.add_argument("--json", metavar="FILE", help="also write all counts, call by call, to this file")
+    parser.flag("--out", old="--json", help="also write all counts, call by call, as JSON")
     options: argparse.Namespace = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "1"  # lets kernels.chosen take CPU tensors; nothing is run
     torch.manual_seed(0)
@@ -286,8 +286,8 @@ def main() -> None:
     print(table(rows, columns))
     print("\nKept for backward under autocast, beyond parameters:\n")
     print(table([{"case": name, **values} for name, values in kept.items()], ["case", *next(iter(kept.values()))]))
-    if options.json:
-        print("written:", write_result("gpu-count", {"rows": rows, "kept": kept}, options.json))
+    if options.out:
+        print("written:", write_result("gpu-count", {"rows": rows, "kept": kept}, options.out))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,33 @@
-"""Phrases of CLDR and num2words in two languages: dates, times, measures, amounts, names and numbers."""
+"""Phrases in two languages, from CLDR and num2words: dates, times, measures, amounts, names and numbers."""
 
 import datetime as dt
 import random
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from babel import Locale, dates, lists, numbers, units
+from babel import Locale, dates, lists, numbers
 from babel.localedata import locale_identifiers
-from num2words import num2words
+
+from data_prep.phrase_formats import (
+    CURRENCIES,
+    PER_UNITS,
+    RATE_UNITS,
+    UNITS,
+    can_spell,
+    format_amount,
+    format_measure,
+    format_rate,
+    percent_pattern,
+    plain,
+    spell,
+)
 
 SOURCES = ("uk", "de", "ru", "he", "zh")
 
 Phrase = tuple[str, str]
 Render = Callable[[Locale, Any], str]
-
-UNITS = (
-    "area-hectare", "area-square-kilometer", "area-square-meter", "digital-byte", "digital-gigabyte",
-    "digital-megabyte", "duration-century", "duration-day", "duration-decade", "duration-hour",
-    "duration-minute", "duration-month", "duration-second", "duration-week", "duration-year",
-    "energy-joule", "energy-kilocalorie", "energy-kilowatt-hour", "frequency-megahertz",
-    "length-centimeter", "length-foot", "length-inch", "length-kilometer", "length-light-year",
-    "length-meter", "length-mile", "length-millimeter", "mass-gram", "mass-kilogram", "mass-milligram",
-    "mass-ounce", "mass-pound", "mass-tonne", "power-horsepower", "power-kilowatt", "power-watt",
-    "pressure-hectopascal", "speed-kilometer-per-hour", "speed-knot", "speed-meter-per-second",
-    "speed-mile-per-hour", "temperature-celsius", "temperature-fahrenheit", "volume-barrel",
-    "volume-cubic-meter", "volume-gallon", "volume-liter", "volume-milliliter", "volume-tablespoon",
-)  # fmt: skip
-RATE_UNITS = (
-    "length-kilometer", "length-meter", "length-mile", "mass-kilogram", "mass-gram", "volume-liter",
-    "volume-gallon", "energy-kilowatt-hour", "digital-megabyte", "volume-barrel",
-)  # fmt: skip
-PER_UNITS = (
-    "duration-second", "duration-minute", "duration-hour", "duration-day", "duration-week", "duration-year",
-)  # fmt: skip
-CURRENCIES = (
-    "USD", "EUR", "UAH", "GBP", "JPY", "CNY", "CHF", "CAD", "AUD", "INR", "BRL", "MXN", "PLN", "CZK",
-    "HUF", "SEK", "NOK", "DKK", "ILS", "TRY", "EGP", "ZAR", "KRW", "THB", "VND", "IDR", "KZT", "GEL",
-    "RON", "BGN", "ARS", "CLP", "NZD", "SGD", "MAD",
-)  # fmt: skip
-_SPACES = re.compile(r"[\s\u00a0\u2000-\u200a\u202f\u205f\u3000]+")
-_BIDI_MARKS = re.compile(r"[\u200e\u200f\u061c]")
-
-
-def plain(text: str) -> str:
-    """NFC, single plain spaces, no bidirectional marks."""
-    return _SPACES.sub(" ", _BIDI_MARKS.sub("", unicodedata.normalize("NFC", text))).strip()
 
 
 @dataclass(frozen=True)
@@ -212,42 +192,6 @@ def random_number(rng: random.Random) -> float:
     return rng.choice((rng.randrange(1, 10), rng.randrange(1, 100), rng.randrange(1, 1000), rng.randrange(1, 99) / 10))
 
 
-def format_measure(number: float, style: str, locale: Locale) -> str:
-    """``style`` is UNIT/LENGTH, for instance ``length-meter/long``."""
-    unit, length = cast(tuple[str, Any], style.split("/"))
-    text = units.format_unit(number, unit, length=length, locale=locale)
-    if unit in text:  # the bare identifier: this locale has one length only (Chinese), called short
-        text = units.format_unit(number, unit, length="short", locale=locale)
-    return str(text)
-
-
-def format_rate(number: float, rate: str, locale: Locale) -> str:
-    """``rate`` is UNIT/UNIT, for instance ``length-meter/duration-second``."""
-    unit, per = rate.split("/")
-    lengths: tuple[Any, ...] = ("long", "short")
-    shown = [
-        units.format_compound_unit(number, unit, denominator_unit=per, length=length, locale=locale) or rate
-        for length in lengths
-    ]
-    return next((text for text in shown if unit not in text and per not in text), rate)
-
-
-def format_amount(number: float, code: str, locale: Locale) -> str:
-    """Currency by name; no ".00", for which Babel would take the plural form of the whole number."""
-    return numbers.format_currency(
-        number, code, format="#,##0.##", format_type="name", currency_digits=False, locale=locale
-    )
-
-
-def percent_pattern(locale: Locale) -> str:
-    """The locale's percent pattern with one decimal place where there is one."""
-    return str(locale.percent_formats[None].pattern).replace("#,##0", "#,##0.#")
-
-
-def spell(number: int, style: str, locale: Locale) -> str:
-    return str(num2words(number, to=style, lang=locale.language))
-
-
 def unambiguous(keys: Sequence[str], show: Callable[[str], tuple[str, ...]]) -> tuple[str, ...]:
     """Keep the keys none of whose source forms an earlier key has: the source must determine the target."""
     seen: set[str] = set()
@@ -304,7 +248,7 @@ def phrase_maker(source_code: str) -> PhraseMaker:
         rates=tuple(rate for rate in rates if all(format_rate(1, rate, locale) != rate for locale in (source, target))),
         unit_styles=unambiguous([style for style in styles if is_known(style)], show_measure),
         currency_codes=unambiguous(CURRENCIES, show_amount),
-        spells_numbers=_num2words_knows(source_code),
+        spells_numbers=can_spell(source_code),
         has_or_lists="start" in source.list_patterns.get("or", {}),
     )
 
@@ -315,11 +259,3 @@ def _spoken_in(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
         language, _, country = identifier.partition("_")
         if language in languages and re.fullmatch("[A-Z]{2}", country):
             yield language, country
-
-
-def _num2words_knows(language: str) -> bool:
-    try:
-        num2words(21, lang=language)
-    except NotImplementedError:
-        return False
-    return True

@@ -3,153 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tabulate import tabulate
-
-from eval.run.evidence import at_length_limit, cost_line, data_figures, evidence_rows, inference_figures, routing_of
-from eval.run.flops import flops_per_token
-from eval.run.training_log import LAYER_FIGURE, Record, last_figures, layer_order, read_records
-from eval.run.training_settings import changes
-from eval.score import format_table
+from eval.run.evidence import at_length_limit, data_figures, inference_figures, routing_of
+from eval.run.figures import calibrated_figures, generation_speed, resolved_config, training_figures, versions
+from eval.run.report_text import ROUTING_FIGURES, to_markdown
+from eval.run.resume import changes
+from eval.run.training_log import read_records
 from eval.text import files
-from xmoe_fairseq.checkpoints.structure import count_parameters
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
-
-_SPEED = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
-_PACKAGES = ("torch", "fairseq-fixed", "fairseq", "sacrebleu", "sentencepiece", "subword-nmt")
-_ROUTED = {
-    "test": "Of the checkpoint that translated, on the test set (teacher forcing), with the settings of the "
-    "translation; report.html shows the same.",
-    "valid": "Of the last validation in the training log: the checkpoint of then, on the validation set.",
-    "train": "Of the last epoch in the training log: the model of then, on the training text, with capacity.",
-}
-_WHAT = {
-    "wanted": "experts a token asked for",
-    "used": "experts a token got",
-    "dropped": "share of those asked for that capacity dropped",
-    "load_cv": "load per expert, standard deviation / mean",
-    "entropy": "router entropy",
-    "balance": "balance loss",
-    "flops": "FLOPs of the MoE layers / of the dense FFN",
-}
-
-
-def routing_figures(figures: dict[str, float]) -> dict[str, Any]:
-    """Sort the keys that start with ``moe_`` into overall and per-layer figures.
-
-    Args:
-        figures: one record of the training log, e.g. ``{"moe_used": 2.1, "moe_encoder1_used": 2.3}``.
-    Returns:
-        ``{"overall": {figure: value}, "layers": {"encoder 1": {figure: value}}}``; a dense model has neither.
-    """
-    overall: dict[str, float] = {}
-    layers: dict[str, dict[str, float]] = {}
-    for key, value in figures.items():
-        if found := LAYER_FIGURE.fullmatch(key):
-            side, index, figure = found.groups()
-            layers.setdefault(f"{side} {index}", {})[figure] = value
-        elif key.startswith("moe_"):
-            overall[key.removeprefix("moe_")] = value
-    return {"overall": overall, "layers": {name: layers[name] for name in sorted(layers, key=layer_order)}}
-
-
-def training_figures(records: Sequence[Record]) -> dict[str, Any]:
-    """What the training came to. Raises: ValueError if the log holds no end of an epoch."""
-    train, valid = last_figures(records, "train"), last_figures(records, "valid")
-    if not train:
-        raise ValueError("the training log holds no figures; was it written with common.log_format=json?")
-    validations = [record.figures for record in records if record.kind == "valid"]
-    losses = [figures["loss"] for figures in validations if "loss" in figures]
-    likelihoods = [figures.get("nll_loss", figures["loss"]) for figures in validations if "loss" in figures]
-    return {
-        "updates": int(train["num_updates"]),
-        "epochs": int(train["epoch"]),
-        "seconds": train.get("wall"),
-        "words_per_second": train.get("wps"),
-        "train_loss": train.get("loss"),
-        "valid_loss": valid.get("loss"),
-        "valid_perplexity": valid.get("ppl"),
-        "best_valid_loss": min(losses, default=None),
-        "best_valid_nll_loss": min(likelihoods, default=None),
-        "routing": {"train": routing_figures(train), "valid": routing_figures(valid)},
-    }
-
-
-def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
-    """Sentences, target tokens and seconds out of fairseq-generate's standard error and standard output.
-
-    The summary line goes to either, depending on whether fairseq or hydra configured logging first.
-    Raises: FileNotFoundError; ValueError if no file has the summary line, that is, translation did not end.
-    """
-    text = "\n".join(files.read_bytes(path).decode("utf-8", errors="replace") for path in paths)
-    found = _SPEED.search(text)
-    if not found:
-        raise ValueError(f"{', '.join(paths)}: no line 'Translated ... sentences'; translate again")
-    sentences, tokens, seconds = (float(group.replace(",", "")) for group in found.groups())
-    rate = tokens / seconds if seconds else None
-    return {"sentences": sentences, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate}
-
-
-def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The configuration that fairseq kept in a checkpoint, its parameters, FLOPs per token, and what was averaged."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    config = _plain(state["cfg"])
-    return {
-        "config": config,
-        "num_parameters": count_parameters(state["model"])["total"],
-        "flops_per_token": flops_per_token(state["model"], config["model"]),
-        "averaged_from": (state.get("extra_state") or {}).get("averaged_from"),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """The same value made of what JSON has; an argparse.Namespace becomes a dictionary."""
-    if isinstance(value, argparse.Namespace):
-        return _plain(vars(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-def calibrated_figures(paths: Sequence[str]) -> dict[str, Any]:
-    """What ``eval.calibrate`` reports say, and the scores beside them, by goal such as ``loss:0.01``.
-
-    A report of a model that has nothing to calibrate adds nothing.
-    """
-    found: dict[str, Any] = {}
-    for path in paths:
-        report = files.read_json(path)
-        if report["after"] is None:
-            continue
-        (kind, value), *_ = report["goal"].items()
-        score = files.read_json(path.removesuffix(".json") + ".score.json")
-        found[f"{kind.removeprefix('max_')}:{value:g}"] = {
-            **{name: report[name] for name in ("before", "after", "budget_met")},
-            "scores": score["scores"],
-            "hypotheses": score["hypotheses"],
-        }
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide a score; those not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,7 +32,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     if args.analysis:
         analysis = files.read_json(args.analysis)
         evidence["inference"] = inference_figures(analysis) | {"model_overrides": args.model_overrides}
-        routing["test"] = routing_of(analysis, _WHAT)
+        routing["test"] = routing_of(analysis, ROUTING_FIGURES)
     return {
         "pair": args.pair,
         "seed": args.seed,
@@ -198,97 +63,6 @@ def _length_limit(args: argparse.Namespace, config: dict[str, Any]) -> dict[str,
         with open(path, encoding="utf-8", errors="replace") as lines:
             reached += at_length_limit(lines, **most, positions=positions)
     return most | {"at_length_limit": reached}
-
-
-def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
-    """Source, reference and translation of ``count`` lines spread evenly over the test set."""
-    columns = [
-        files.read_lines(path)
-        for path in (report["source"], report["references"][0]["path"], report["hypotheses"]["path"])
-    ]
-    rows = list(zip(*columns, strict=True))
-    step = max(1, len(rows) // max(1, count))
-    return rows[::step][:count]
-
-
-def routing_table(report: dict[str, Any]) -> str:
-    """Markdown table of the routing per layer, saying of which checkpoint and which text.
-
-    That of the analysis, which report.html shows too; without one, that of the training log.
-    """
-    routing = report["routing"]
-    name = next((name for name in ("test", "valid") if routing.get(name, {}).get("layers")), "train")
-    if not routing[name]["layers"]:
-        return "No MoE layer: every token goes through one dense feed-forward network."
-    rows = {**routing[name]["layers"], "all layers": routing[name]["overall"]}
-    names = [figure for figure in _WHAT if any(figure in figures for figures in rows.values())]
-    body = [[layer, *(_cell(figures.get(figure)) for figure in names)] for layer, figures in rows.items()]
-    table = tabulate(body, ["layer", *names], tablefmt="github", disable_numparse=True)
-    legend = "; ".join(f"{figure}: {_WHAT[figure]}" for figure in names)
-    return f"{_ROUTED[name]}\n\n{table}\n\n{legend}."
-
-
-def price_table(report: dict[str, Any]) -> str:
-    """Markdown table of the model as trained and at other prices of inference; empty where there are none."""
-    if not report["calibrated"]:
-        return ""
-    before = next(iter(report["calibrated"].values()))["before"]
-    rows = []
-    for name, figures, scores in (
-        ("as trained", before, report["scores"]),
-        *((goal, part["after"], part["scores"]) for goal, part in report["calibrated"].items()),
-    ):
-        threshold, limit = figures["moe_threshold"], figures["moe_max_experts"]
-        shown = ", ".join(f"{t:.4g}" for t in (threshold if isinstance(threshold, list) else [threshold]))
-        row = [
-            name,
-            shown,
-            "none" if limit is None else str(limit),
-            _cell(figures["flops"]),
-            _cell(figures["loss_bits"]),
-        ]
-        rows.append([*row, *(f"{scores[metric]['score']:.2f}" for metric in ("bleu", "chrf++"))])
-    headers = ["", "threshold", "most experts", "MoE FLOPs / dense", "validation loss (bits)", "BLEU", "chrF2++"]
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    return f"## Price of inference\n\n{table}\n\nThe models are in calibrated/, for every command without flags.\n"
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def summary(report: dict[str, Any], num_samples: int) -> str:
-    """Scores, sample translations and routing: what a terminal shows at the end of a run."""
-    shown = [
-        f"source       {source}\nreference    {reference}\ntranslation  {hypothesis}"
-        for source, reference, hypothesis in samples(report, num_samples)
-    ]
-    parts = ["## Scores", format_table(report), cost_line(report), "## Translations", "```", "\n\n".join(shown), "```"]
-    return "\n\n".join([*filter(None, parts), "## Routing", routing_table(report)]) + "\n"
-
-
-def to_markdown(report: dict[str, Any]) -> str:
-    """The whole of report.md."""
-    training, generation = report["training"], report["generation"]
-    length = f"{training['updates']} updates, {training['epochs']} epochs, {_cell(training['seconds'])} s"
-    facts = {
-        "test set": report["test_set"] or "not named",
-        "model": f"{report['config']['model']['_name']}, {report['num_parameters']:,} parameters",
-        "configuration": f"{report['config_file']} (resolved: `config` in scores.json)",
-        "seed": report["seed"],
-        "commit": report["commit"] or "not a git checkout",
-        "training": length,
-        "training speed": f"{_cell(training['words_per_second'])} target words/s",
-        "validation loss": f"{_cell(training['valid_loss'])} (best {_cell(training['best_valid_loss'])})",
-        "translation speed": f"{_cell(generation['tokens_per_second'])} target tokens/s",
-        "translations": report["hypotheses"]["path"],
-        **evidence_rows(report),
-        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-    }
-    table = tabulate(facts.items(), ["", "value"], tablefmt="github", disable_numparse=True)
-    title = f"# {report['pair']}: {report['config']['model']['_name']}"
-    parts = [title, summary(report, 5).rstrip(), price_table(report).rstrip(), f"## Run\n\n{table}"]
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _parser() -> CommandParser:

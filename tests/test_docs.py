@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cost_model
+from benchmarks import cost_formulas, cost_model
 from eval import method_table
 from xmoe_fairseq import cli
 from xmoe_fairseq.command_line import CommandParser
@@ -180,7 +180,7 @@ def test_counted_tables_are_those_of_their_commands():
     methods = page_text("docs/methods.md")
     for size, vocabulary, length in (("wmt23", 32000, 32), ("gpt2", 50257, 1024)):
         assert method_table.table(size, vocabulary, length) in methods
-    model, ranks, tokens = cost_model.Model(), [1, 8, 16, 32], 8192
+    model, ranks, tokens = cost_formulas.Model(), [1, 8, 16, 32], 8192
     printed = table_rows(cost_model.report(model, ranks, tokens), "| GPUs")
     shown = table_rows(page_text("docs/scaling.md"), "`xmoe_transformer` (64 x 1024, 9 expert layers")
     for ours, told in zip(printed[1:], shown[1:], strict=True):

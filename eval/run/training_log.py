@@ -5,7 +5,6 @@ fairseq-hydra-train ... common.log_format=json 2>&1 | python -m eval.run.trainin
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import signal
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from xmoe_fairseq.command_line import command_parser, reports_errors
 
 # "[2026-01-31 12:00:00,000][valid][INFO] - {...}" from fairseq-hydra-train, "... | valid | {...}" from
 # fairseq-train. train_inner is written every log interval, the others when an epoch or a validation ends.
@@ -160,15 +161,13 @@ class Progress:
         tqdm.write(line.rstrip("\n"), file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.run.training_log", description=__doc__.splitlines()[0])
-    parser.add_argument("--log", required=True, metavar="FILE", help="append every line of standard input to this file")
-    return parser
-
-
+@reports_errors("training_log")
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the training; its last words still belong in the log
+    parser = command_parser("training_log", __doc__, prog="python -m eval.run.training_log")
+    parser.add_argument("--log", required=True, metavar="FILE", help="append every line of standard input to this file")
+    args = parser.parse_args(argv)
+    # Ctrl-C reaches the whole pipeline: it ends the training, whose last lines must still reach the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     progress = Progress()
     with open(args.log, "a", encoding="utf-8") as log:
         for line in sys.stdin:

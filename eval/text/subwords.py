@@ -8,7 +8,7 @@ from typing import Protocol
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq.data.encoders.subword_nmt_bpe import SubwordNMTBPE, SubwordNMTBPEConfig
 
-from data_prep.subwords import Coder
+from data_prep.subword_coding import Coder
 
 
 class Subwords(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cost_model import (
+from benchmarks.cost_formulas import (
     NODES,
     Model,
     break_even_tokens,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_compile
+from benchmarks import gpu_compile, gpu_record
 
 ROOT = Path(__file__).parents[2]
 LOOP = """
@@ -54,7 +54,9 @@ def test_every_shape_of_the_named_architectures_is_a_setting() -> None:
 
     from xmoe_fairseq.models import architectures
 
-    known = {(s.config.embed_dim, s.config.num_experts, s.config.expert_dim) for s in gpu_compile._settings().values()}
+    known = {
+        (s.config.embed_dim, s.config.num_experts, s.config.expert_dim) for s in gpu_record.named_settings().values()
+    }
     from fairseq.models import ARCH_CONFIG_REGISTRY
 
     for name, size in architectures.ARCHITECTURES.items():
@@ -74,7 +76,7 @@ def test_a_training_step_compiles_without_faults(arch: int, tmp_path: Path) -> N
     command = [sys.executable, "-m", "benchmarks.gpu_compile", "--settings", "64x1024", "--arch", str(arch)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [*command, "--json", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
     rows = {row["kernel"]: row for row in json.loads(out.read_text())["rows"]}

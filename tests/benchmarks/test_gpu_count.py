@@ -59,7 +59,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The command's own JSON; a process of its own, since it sets how Triton is imported."""
     pytest.importorskip("triton", reason="triton is not installed")
     out = tmp_path_factory.mktemp("count") / "count.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_count", "--json", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu_count", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data_prep import phrase_maker, phrases
+from data_prep import phrase_formats, phrase_maker, phrases
 from data_prep.textio import DataError
 
 SIZES = {"test": 40, "valid": 40, "train": 400}
@@ -30,14 +30,14 @@ def test_sizes_words_and_plain_characters(corpus):
     assert {split: len(lines) for split, lines in splits.items()} == SIZES
     for source, target in (line for lines in splits.values() for line in lines):
         assert 3 <= len(target.split()) <= 20
-        assert source == phrase_maker.plain(source)
-        assert target == phrase_maker.plain(target)
+        assert source == phrase_formats.plain(source)
+        assert target == phrase_formats.plain(target)
         assert not {"\u202f", "\u200f", "\u2009", "\n"} & set(source + target)
 
 
 def test_only_real_names_are_used(corpus):
     language, splits = corpus
-    identifiers = [*phrase_maker.UNITS, *phrase_maker.PER_UNITS, *phrase_maker.RATE_UNITS]
+    identifiers = [*phrase_formats.UNITS, *phrase_formats.PER_UNITS, *phrase_formats.RATE_UNITS]
     shown = [name for name in identifiers for lines in splits.values() for line in lines if name in line[0] + line[1]]
     assert shown == [], f"{language}: Babel has no pattern for these"
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from fairseq.data import Dictionary
 
-from data_prep import phrases, subwords
+from data_prep import phrases, subword_coding, subword_models, subwords
 from data_prep.textio import DataError
 
 
@@ -42,15 +42,15 @@ def test_decode_undoes_encode_line_by_line(text, folder, tmp_path):
 
 
 def test_separators_inside_a_line_never_make_a_second_line(folder):
-    coder = subwords.Coder(folder)
+    coder = subword_coding.Coder(folder)
     source, sink = io.BytesIO("три\u2028два\u0085один\x0bраз\n\nкінець".encode()), io.BytesIO()
-    assert subwords.transform(coder.encode, source, sink, "text") == 3
+    assert subword_coding.transform(coder.encode, source, sink, "text") == 3
     assert len(sink.getvalue().decode().splitlines()) == 3
     assert coder.decode(sink.getvalue().decode().split("\n")[:3]) == ["три два один раз", "", "кінець"]
 
 
 def test_fairseq_reads_the_dictionary_and_knows_every_piece(text, folder):
-    dictionary, coder = Dictionary.load(str(folder / "dict.txt")), subwords.Coder(folder)
+    dictionary, coder = Dictionary.load(str(folder / "dict.txt")), subword_coding.Coder(folder)
     lines = [line for language in ("uk", "en") for line in (text / f"train.{language}").read_text("utf-8").split("\n")]
     pieces = {piece for line in coder.encode(lines) for piece in line.split(" ") if piece}
     assert pieces
@@ -65,7 +65,7 @@ def test_sentencepiece_dictionary_is_the_model_without_special_pieces(text, tmp_
 
 
 def test_a_token_named_like_a_special_one_gets_its_own_index(tmp_path):
-    (tmp_path / "dict.txt").write_text(subwords.dictionary_text([("a", 9), ("<pad>", 5)]))
+    (tmp_path / "dict.txt").write_text(subword_models.dictionary_text([("a", 9), ("<pad>", 5)]))
     dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
     assert dictionary.index("<pad>") not in (dictionary.pad(), dictionary.unk())
 
@@ -97,14 +97,14 @@ def test_separate_models_want_the_language(text, tmp_path):
     learn(text, tmp_path, "--vocab-size", "400", "--separate")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["dict.en.txt", "dict.uk.txt", "en.model", "subwords.json", "uk.model"]
-    assert subwords.Coder(tmp_path, "en").encode(["and"]) == ["▁and"]
+    assert subword_coding.Coder(tmp_path, "en").encode(["and"]) == ["▁and"]
     with pytest.raises(DataError, match="--language None: these subwords want uk or en"):
-        subwords.Coder(tmp_path)
+        subword_coding.Coder(tmp_path)
 
 
 def test_byte_fallback_restores_unseen_characters(text, tmp_path):
     learn(text, tmp_path, "--vocab-size", "700", "--byte-fallback", "--normalization", "identity")
-    coder = subwords.Coder(tmp_path)
+    coder = subword_coding.Coder(tmp_path)
     line = "日本 ½ ²"
     assert coder.decode(coder.encode([line])) == [line]
     dictionary = Dictionary.load(str(tmp_path / "dict.txt"))
@@ -113,9 +113,9 @@ def test_byte_fallback_restores_unseen_characters(text, tmp_path):
 
 def test_sampling_is_even_and_keeps_everything_below_the_limit(tmp_path):
     (tmp_path / "numbers").write_text("".join(f"{number}\n" for number in range(100)))
-    assert list(subwords.sampled_lines(tmp_path / "numbers", 4)) == ["0", "25", "50", "75"]
-    assert len(list(subwords.sampled_lines(tmp_path / "numbers", 100))) == 100
-    assert len(list(subwords.sampled_lines(tmp_path / "numbers", 0))) == 100
+    assert list(subword_models.sampled_lines(tmp_path / "numbers", 4)) == ["0", "25", "50", "75"]
+    assert len(list(subword_models.sampled_lines(tmp_path / "numbers", 100))) == 100
+    assert len(list(subword_models.sampled_lines(tmp_path / "numbers", 0))) == 100
 
 
 @pytest.mark.parametrize(
@@ -132,18 +132,18 @@ def test_settings_the_tool_does_not_have(text, tmp_path, flags, message, capfd):
 
 def test_missing_or_damaged_subwords(folder, tmp_path):
     with pytest.raises(DataError, match=r"subwords\.json: no such file; learn subwords first"):
-        subwords.Coder(tmp_path)
+        subword_coding.Coder(tmp_path)
     with pytest.raises(DataError, match="--language de: these subwords want uk or en"):
-        subwords.Coder(folder, "de")
+        subword_coding.Coder(folder, "de")
     (tmp_path / "subwords.json").write_text('{"source": "uk", "target": "en"}')
     (tmp_path / "joint.model").write_bytes(b"no model")
     with pytest.raises(DataError, match="no sentencepiece model, or a damaged one; learn it again"):
-        subwords.Coder(tmp_path)
+        subword_coding.Coder(tmp_path)
 
 
 def test_invalid_text_says_where_to_look(folder):
-    with pytest.raises(DataError, match=r"text: invalid UTF-8 after line 0; run python -m data_prep\.validate"):
-        subwords.transform(subwords.Coder(folder).encode, io.BytesIO(b"\xff\n"), io.BytesIO(), "text")
+    with pytest.raises(DataError, match=r"text: invalid UTF-8 after line 0; check it with xmoe prepare validate"):
+        subword_coding.transform(subword_coding.Coder(folder).encode, io.BytesIO(b"\xff\n"), io.BytesIO(), "text")
 
 
 def test_encode_cuts_longer_lines_and_counts_them(text, folder, tmp_path, capsys):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cost_model import Model, legacy_ddp_elements
+from benchmarks.cost_formulas import Model, legacy_ddp_elements
 from xmoe_fairseq.checkpoints.files import load_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.subwords import Coder, Settings, learn
+from data_prep.subword_coding import Coder
+from data_prep.subword_models import Settings, learn
 
 USER_DIR = Path(__file__).resolve().parents[2] / "xmoe_fairseq"
 NUMBERS = {

@@ -9,6 +9,8 @@ import torch
 from fairseq.data import indexed_dataset
 
 from eval import run_report, run_table
+from eval.run.evidence import at_length_limit
+from eval.run.figures import routing_figures
 
 FIGURES = {
     "loss": 2.0,
@@ -69,7 +71,7 @@ def pieces(tmp_path):
 
 
 def test_routing_figures_are_sorted_by_layer():
-    routing = run_report.routing_figures(FIGURES)
+    routing = routing_figures(FIGURES)
     assert routing["overall"] == {"used": 1.75, "flops": 0.875}
     assert list(routing["layers"]) == ["encoder 3", "encoder 11", "decoder 1"]
     assert routing["layers"]["decoder 1"] == {"used": 2.0}
@@ -179,8 +181,8 @@ def test_the_routing_table_is_the_analysis_and_says_so(evidence, pieces):
 
 def test_a_length_limit_may_grow_with_the_source():
     lines = ["S-7\ta b c", "H-7\t-1\tx x x x x", "S-8\ta", "H-8\t-1\tx", "P-8\t-1 -1"]
-    assert run_report.at_length_limit(lines, max_len_a=1, max_len_b=1, positions=1024) == 1
-    assert run_report.at_length_limit(lines, max_len_a=0, max_len_b=200, positions=2) == 2
+    assert at_length_limit(lines, max_len_a=1, max_len_b=1, positions=1024) == 1
+    assert at_length_limit(lines, max_len_a=0, max_len_b=200, positions=2) == 2
 
 
 def test_a_dense_model_has_a_report_too(pieces):

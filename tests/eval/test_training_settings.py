@@ -10,7 +10,8 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from eval.run import training_settings as module
+from eval.run import resume, training_settings
+from eval.run.hydra_settings import parse_override, quoted, read_settings
 
 YAML = """
 # a comment
@@ -32,7 +33,7 @@ def training(tmp_path):
 
     def check(*arguments):
         fixed = ("check", "--checkpoints", str(folder), "--config", str(tmp_path / "tiny.yaml"))
-        return module.main([*fixed, *arguments])
+        return training_settings.main([*fixed, *arguments])
 
     assert check("--write", *FACTS) == 0
     cfg = {"model": {"_name": "xmoe_transformer_tiny", "dropout": 0.1, "moe_threshold": 0.9}}
@@ -86,7 +87,7 @@ def test_a_continued_training_tells_what_changed(training, capsys):
     assert training("--state", "--write", *longer, *FACTS) == 0
     shown = capsys.readouterr()
     assert shown.out == "done 40\ncontinue 40\n"
-    assert module.changes(training.folder) == ["update 40: optimization.max_update: 40, now 60"]
+    assert resume.changes(training.folder) == ["update 40: optimization.max_update: 40, now 60"]
     assert training("--write", *longer, *FACTS) == 0
     assert len(json.loads((training.folder / "settings.json").read_text())["segments"]) == 2
 
@@ -106,7 +107,7 @@ def test_a_folder_without_checkpoints_takes_anything(training, capsys):
 
 @pytest.mark.parametrize("text", ["a = шлях ({,' x", "it's", "{x", "c:\\dir\\", "\\'", "${x}", "[a", "#", "", "a:b"])
 def test_hydra_reads_a_quoted_text_as_it_stands(text):
-    parsed = OverridesParser.create().parse_override(f"a.b={module.quoted(text)}")
+    parsed = OverridesParser.create().parse_override(f"a.b={quoted(text)}")
     assert OmegaConf.create({"x": parsed.value()}).x == text
 
 
@@ -125,24 +126,24 @@ def test_hydra_reads_a_quoted_text_as_it_stands(text):
     ],
 )
 def test_a_setting_that_hydra_cannot_read_is_a_text(override, value, capsys):
-    assert module.parse_override(override)[1] == value
-    assert module.main(["overrides", "--set", override]) == 0
+    assert parse_override(override)[1] == value
+    assert training_settings.main(["overrides", "--set", override]) == 0
     printed = OverridesParser.create().parse_override(capsys.readouterr().out.rstrip("\n"))
     assert printed.value() == value
 
 
 def test_settings_that_cannot_be_read_are_named(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("model: [")
-    assert module.main(["signature", "--config", str(tmp_path / "bad.yaml")]) == 1
+    assert training_settings.main(["signature", "--config", str(tmp_path / "bad.yaml")]) == 1
     assert "bad.yaml: " in capsys.readouterr().err
     with pytest.raises(ValueError, match="line break"):
-        module.quoted("a\nb")
+        quoted("a\nb")
 
 
 def test_comments_and_workers_do_not_count_in_the_signature(tmp_path):
     (tmp_path / "a.yaml").write_text(YAML)
     (tmp_path / "b.yaml").write_text(YAML.replace("# a comment", "") + "# other\n")
-    settings = [module.read_settings(Path(tmp_path / name), ["dataset.num_workers=2"]) for name in ("a.yaml", "b.yaml")]
-    assert module.signature(settings[0]) == module.signature(settings[1])
-    assert "dataset.num_workers=2" not in module.signature(settings[0])
-    assert "optimization.max_update=40" in module.signature(settings[0])
+    settings = [read_settings(Path(tmp_path / name), ["dataset.num_workers=2"]) for name in ("a.yaml", "b.yaml")]
+    assert resume.signature(settings[0]) == resume.signature(settings[1])
+    assert "dataset.num_workers=2" not in resume.signature(settings[0])
+    assert "optimization.max_update=40" in resume.signature(settings[0])

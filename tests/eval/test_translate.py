@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep import subwords
+from data_prep import subword_models
 from eval import translate
 from eval.text.subwords import load_subwords
 from eval.translate import Translator, TranslatorConfig
@@ -66,8 +66,8 @@ def test_a_model_file_serves_as_well_as_the_folder(tiny_model, config, translato
 def test_subword_nmt_codes_are_read(tmp_path):
     lines = "low lower lowest new newer newest wide wider widest\n" * 9
     (tmp_path / "raw").write_text(lines)
-    settings = subwords.Settings("uk", "en", tool="subword-nmt", vocab_size=24)
-    subwords.learn([tmp_path / "raw", tmp_path / "raw"], tmp_path / "codes", settings)
+    settings = subword_models.Settings("uk", "en", tool="subword-nmt", vocab_size=24)
+    subword_models.learn([tmp_path / "raw", tmp_path / "raw"], tmp_path / "codes", settings)
     for path in (tmp_path / "codes", tmp_path / "codes" / "joint.codes"):
         loaded = load_subwords(str(path), "uk", "en")
         assert "@@" in loaded.encode("lowest wider")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.cost_model import exchange_bytes  # noqa: E402
+from benchmarks.cost_formulas import exchange_bytes  # noqa: E402
 from xmoe_fairseq.moe import MoEConfig, MoELayer  # noqa: E402
 from xmoe_fairseq.moe.experts.ranks import WEIGHTS, ParallelExperts, gather_experts, local_slice, num_ranks  # noqa: E402
 
