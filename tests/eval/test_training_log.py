@@ -1,4 +1,4 @@
-"""eval/training_log.py on lines as fairseq writes them."""
+"""eval/run/training_log.py and history.py on lines as fairseq writes them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import pytest
 
 from eval.run import training_log
+from eval.run.history import read_history
 from eval.run.training_log import last_figures, parse_line, read_records
 
 START = "[2026-01-31 12:00:00,000]"
@@ -67,3 +68,19 @@ def test_a_training_that_stops_early_shows_its_last_lines(tmp_path, monkeypatch,
     shown = capsys.readouterr().err
     assert "the training stopped early" in shown
     assert "Could not override 'model.moe_colour'." in shown
+
+
+def test_history_reads_a_training_log(tmp_path):
+    lines = [
+        f'2026-01-01 | INFO | train_inner | {{"epoch": 1, "loss": "{loss}", "num_updates": "{n}", '
+        f'"moe_encoder_1_wanted": "{wanted}", "moe_wanted": "{wanted}"}}'
+        for n, loss, wanted in ((10, "3.5", "4"), (20, "2.5", "3.25"), (30, "nan", "1"))
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    history = read_history(str(tmp_path / "log"))
+    assert history["layers"] == {"encoder 1": {"updates": [10, 20, 30], "wanted": [4, 3.25, 1]}}
+    assert history["train"]["moe_wanted"] == [4, 3.25, 1]
+    assert history["first_nan_update"] == 30
+    (tmp_path / "empty").write_text("nothing\n")
+    with pytest.raises(ValueError, match="log_format"):
+        read_history(str(tmp_path / "empty"))

@@ -40,8 +40,25 @@ def tokens(count: int, *, seed: int = 1, width: int = WIDTH) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
+def inputs(count: int, padded: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens with a gradient, padding (True at ``padded``) and token ids."""
+    padding = torch.zeros(count, dtype=torch.bool)
+    padding[list(padded)] = True
+    ids = torch.randint(4, 500, (count,), generator=torch.Generator().manual_seed(3))
+    return tokens(count).requires_grad_(), padding, ids
+
+
 def leaves_of(layer: MoELayer) -> dict[str, Tensor]:
     return dict(layer.named_parameters())
+
+
+def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of each leaf by name, zeros where the loss does not reach it."""
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+    }
 
 
 def slow_forward(

@@ -84,7 +84,16 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
         Raises:
             ValueError: shapes that do not fit, or a missing input.
         """
-        x_TD, real_T, ids_T = self._flatten(x, padding, token_ids)
+        self._check_inputs(x, padding, token_ids)
+        return self._forward(x, padding, token_ids, context)
+
+    def _forward(
+        self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None, _context: SentenceContext | None
+    ) -> tuple[Tensor, RoutingPlan]:
+        """``forward`` of this kind of layer, on inputs whose shapes fit."""
+        x_TD = x.reshape(-1, x.size(-1))
+        real_T = None if padding is None else ~padding.reshape(-1).bool()
+        ids_T = None if token_ids is None else token_ids.reshape(-1)
         dtype = compute_dtype(x)
         by_kernels = kernels.chosen(self.config, x.device, dtype, self.training)
         if real_T is not None and (not by_kernels or self.shared is not None):
@@ -112,17 +121,12 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
         choices = self.router(x_TD, real_T, ids_T)
         return make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)
 
-    def _flatten(
-        self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _check_inputs(self, x: Tensor, padding: Tensor | None, token_ids: Tensor | None) -> None:
         if x.size(-1) != self.config.embed_dim or not x.is_floating_point():
             raise ValueError(f"x must be floating point (..., {self.config.embed_dim}), got {x.dtype} {tuple(x.shape)}")
         for name, given in (("padding", padding), ("token_ids", token_ids)):
             if given is not None and given.shape != x.shape[:-1]:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}, x needs {tuple(x.shape[:-1])}")
-        real_T = None if padding is None else ~padding.reshape(-1).bool()
-        x_TD = x.reshape(-1, x.size(-1))
-        return x_TD, real_T, None if token_ids is None else token_ids.reshape(-1)
 
 
 def _inside(part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

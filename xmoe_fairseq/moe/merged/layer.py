@@ -82,24 +82,15 @@ class MergedMoELayer(MoELayer):
         self.adapter1 = TokenAdapter(config.embed_dim) if config.token_adapter else None
         self.adapter2 = TokenAdapter(config.expert_dim) if config.token_adapter else None
 
-    def forward(
-        self,
-        x: Tensor,
-        padding: Tensor | None = None,
-        token_ids: Tensor | None = None,
-        context: SentenceContext | None = None,
+    def _forward(
+        self, x: Tensor, padding: Tensor | None, _token_ids: Tensor | None, context: SentenceContext | None
     ) -> tuple[Tensor, RoutingPlan]:
         """Merge the experts of each sentence and compute each token with its sentence's merged expert.
 
         Args:
             x: floating point (T, B, D), time first as in fairseq, or (T, D) for one sentence.
             padding: bool (T, B) or (T,), True at padding, which gates and counts ignore; the output there is 0.
-            token_ids: not used.
             context: required in a decoder.
-        Returns:
-            ``y`` like ``x``, and the plan.
-        Raises:
-            ValueError: shapes that do not fit.
         """
         x_TBD, real_TB = self._sentences(x, padding)
         vector_BD = self._gate_input(x_TBD, real_TB, context)
@@ -122,7 +113,6 @@ class MergedMoELayer(MoELayer):
             raise ValueError(
                 f"merged experts need whole sentences: x must be (T, B, D) or (T, D), got {tuple(x.shape)}"
             )
-        self._flatten(x, padding, None)  # refuses shapes that do not fit
         real_TB = None if padding is None else ~padding.bool()
         if x.dim() == 2:
             x, real_TB = x.unsqueeze(1), None if real_TB is None else real_TB.unsqueeze(1)
