@@ -122,4 +122,6 @@ def tables(study: dict[str, Any], speeds: dict[str, Any]) -> list[dict[str, Any]
 
 def render(study: dict[str, Any], speeds: dict[str, Any], runs: Sequence[Run]) -> str:
     """The page; ``runs`` as of eval.report, the first seed of every method."""
-    return render_report(runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study, speeds)})
+    return render_report(
+        runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study, speeds)}
+    )
