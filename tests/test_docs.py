@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from benchmarks import cost_formulas, cost_model
 from eval import method_table
-from xmoe_fairseq import cli
-from xmoe_fairseq.command_line import CommandParser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("*/README.md")]
-PAGES = sorted(set(PAGES))
+PAGES = sorted({ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("[a-z]*/README.md")})
 
 
 def page_text(name):
@@ -54,66 +49,6 @@ def test_the_index_names_every_page():
     index = page_text("docs/README.md")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index, page.name
-
-
-def shown_commands(text):
-    """Words of every ``xmoe ...`` line of a code block, continued lines joined."""
-    joined = re.sub(r"\\\n\s*", " ", text)
-    for line in re.findall(r"^(?: {4}|\$ )?((?:OMP_NUM_THREADS=\d )?xmoe .*)$", joined, re.MULTILINE):
-        words = shlex.split(re.sub(r"\s#.*|\[(?=--)|(?<=\w)\](?=\s|$)", "", line.replace("...", "")))
-        yield words[words.index("xmoe") + 1 :]
-
-
-class Found(Exception):
-    pass
-
-
-def flags_of(command, monkeypatch):
-    """Every flag a command takes: of its parser, or named in its script."""
-    if command.target.endswith(".sh"):
-        return set(re.findall(r"--[a-z][a-z-]*", page_text(command.target)))
-    found = []
-
-    def note(parser, *_):
-        found.append(parser)
-        raise Found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CommandParser, "parse_known_args", note)
-        patch.setattr("argparse.ArgumentParser.parse_known_args", note)
-        patch.setattr("sys.argv", [command.target])
-        with pytest.raises(Found):
-            importlib.import_module(command.target).main()
-    parsers = [found[-1]]
-    for action in found[-1]._actions:
-        parsers += action.choices.values() if isinstance(action.choices, dict) and action.nargs == "A..." else []
-    return {name for parser in parsers for action in parser._actions for name in action.option_strings}
-
-
-def test_commands_and_flags_of_the_docs_exist(monkeypatch):
-    known, num_shown = {}, 0
-    for page in PAGES:
-        for words in shown_commands(page.read_text(encoding="utf-8")):
-            if words[0].startswith("-"):
-                continue
-            found = cli.find(words)
-            assert found is not None, f"{page.name}: xmoe {' '.join(words)}"
-            command, arguments = found
-            if command.name not in known:
-                known[command.name] = flags_of(command, monkeypatch)
-            given = {word.split("=")[0] for word in arguments if word.startswith("--") and word != "--"}
-            if command.name != "ranks":  # passes everything after -- to fairseq-train
-                assert given <= known[command.name], f"{page.name}: xmoe {command.name}: {given - known[command.name]}"
-            num_shown += 1
-    assert num_shown >= 20
-
-
-def test_commands_in_the_text_exist():
-    """``xmoe NAME`` in a sentence or a table."""
-    names = set(cli.COMMANDS) | {name.split()[0] for name in cli.COMMANDS} | {"COMMAND", "NAME"}
-    for page in PAGES:
-        for words in re.findall(r"`xmoe ([a-z][\w-]*(?: [a-z][\w-]*)?)", page.read_text(encoding="utf-8")):
-            assert words in names or words.split()[0] in names, f"{page.name}: xmoe {words}"
 
 
 def newest_rows(pattern):
