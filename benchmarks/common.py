@@ -1,7 +1,7 @@
-"""What every benchmark shares: interleaved timing, kept memory, the machine it ran on, and how results are written.
+"""What every benchmark shares: interleaved timing, kept memory, a record of the machine, flags, tables, result files.
 
-Times are medians of runs in which the candidates take turns, and they are reported as ratios to one of them: a busy
-machine slows all alike. Each result says machine, versions and commit.
+Times are medians of runs in which the candidates take turns. They are reported as ratios to one candidate, because a
+busy machine slows all of them alike. Each result file holds machine, versions and commit.
 """
 
 from __future__ import annotations
@@ -21,13 +21,31 @@ from typing import Any
 import torch
 
 from xmoe_fairseq.allocator import ask_for_huge_pages, keep_freed_memory
+from xmoe_fairseq.command_line import CommandParser, at_least
 from xmoe_fairseq.files import write_aside
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def add_timing_flags(parser: CommandParser, repeats: int) -> None:
+    """``--dtype``, ``--device``, ``--repeats`` and ``--out`` of a benchmark that times layers in turns."""
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_device_flag(parser)
+    repeats_help = f"timed turns of every candidate (default {repeats})"
+    parser.add_argument("--repeats", type=at_least(1), default=repeats, metavar="N", help=repeats_help)
+    add_out_flag(parser)
+
+
+def add_device_flag(parser: CommandParser) -> None:
+    parser.flag("--device", default="cpu", choices=["cpu", "cuda"], metavar=None, help="default cpu")
+
+
+def add_out_flag(parser: CommandParser) -> None:
+    parser.flag("--out", help="where the JSON goes (default: benchmarks/results/)")
+
+
 def settle_memory() -> None:
-    """As in training on a CPU: freed memory stays in the process, for every candidate alike. Call it first in main."""
+    """Keep freed memory in the process, as a training on a CPU does, for every candidate alike. Call it first."""
     ask_for_huge_pages()
     keep_freed_memory()
 
@@ -35,7 +53,7 @@ def settle_memory() -> None:
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each candidate, in turns; one untimed round first."""
+    """Seconds of each run of each candidate. The candidates take turns; one untimed round goes first."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
         for name, run in candidates.items():
@@ -60,7 +78,7 @@ def synchronise(device: str) -> None:
 
 
 def summarise(seconds: Mapping[str, list[float]], beside: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds; median, 10th and 90th percentile of the ratios to ``beside``, turn by turn."""
+    """Median milliseconds, and median, 10th and 90th percentile of the ratios to ``beside`` within each turn."""
     rows = {}
     for name, runs in seconds.items():
         ratios = sorted(mine / other for mine, other in zip(runs, seconds[beside], strict=True))
@@ -93,10 +111,9 @@ def kept_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.Tenso
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes allocated at the worst moment of ``run``, above what was there before.
+    """Bytes allocated at the worst moment of ``run``, beyond those allocated before it.
 
-    On CUDA the allocator's own figure. On a CPU the highest running sum of the profiler's allocation
-    record.
+    On CUDA this is the allocator's own figure, on a CPU the highest running sum of the profiler's allocation record.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -116,7 +133,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Machine, versions and commit, for the result file."""
+    """The facts of machine, versions and commit that a result file holds."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,
@@ -146,7 +163,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any], out: str | None) -> Path:
-    """Write ``result`` and the machine as JSON to ``out`` or ``benchmarks/results/DATE-NAME.json``; atomic."""
+    """Write ``result`` and the machine as JSON to ``out`` or ``benchmarks/results/DATE-NAME.json``, by a move."""
     record = {"benchmark": name, "machine": machine(), **result}
     path = Path(out) if out else RESULTS / f"{record['machine']['date'][:10]}-{name}.json"
     write_aside(path, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))

@@ -6,6 +6,8 @@ xmoe bench cost-model --ranks 8 16 32
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.cost_formulas import (
@@ -17,7 +19,7 @@ from benchmarks.cost_formulas import (
     memory,
     seconds_per_update,
 )
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import command_parser, reports_errors
 
 
 def report(model: Model, ranks_list: list[int], tokens: int) -> str:
@@ -58,7 +60,7 @@ def _row(model: Model, ranks: int, tokens: int, parallel: bool) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = command_parser("bench cost-model", __doc__.splitlines()[0])
     parser.flag("--num-experts", old="--experts", default=64, help="experts per layer")
     parser.add_argument("--expert-dim", type=int, default=1024, help="hidden units of one expert (default: 1024)")
@@ -76,8 +78,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parsed
 
 
-def main() -> None:
-    given = parse_arguments()
+@reports_errors("cost_model")
+def main(argv: Sequence[str] | None = None) -> None:
+    given = parse_arguments(argv)
     model = replace(
         Model(),
         num_experts=given.num_experts,
@@ -90,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,11 +3,13 @@
     xmoe bench generate --data DATA_BIN dense=DIR/checkpoints/averaged.pt xmoe=DIR/checkpoints/averaged.pt
     xmoe bench generate --random DIR --batch-sizes 1 64 --beams 1 5 [--ctranslate2]
 
-The first checkpoint is what the others are compared with. A name may carry settings for its model:
-``"xmoe t 0.7"=PATH@{'moe_threshold': 0.7}``. Times are fairseq's own: search included, loading left out. Memory is the
-process's largest resident set. ``--random`` makes models of xmoe_transformer's size with random weights (12 + 6 layers,
-64 experts of 1,024, two a token: the dense price), dense and sparse, float32, bfloat16 and int8 (benchmarks/
-random_models.py), and gives all translations one length; ``--ctranslate2`` times its int8 of the dense one beside them.
+Ratios are those to the first checkpoint. A name may carry settings for its model:
+``"xmoe t 0.7"=PATH@{'moe_threshold': 0.7}``. Times are fairseq's own: they include the search and not the loading.
+Memory is the process's largest resident set.
+
+``--random`` makes models of xmoe_transformer's size with random weights, dense and sparse, in float32, bfloat16 and
+int8 (random_models.py): 12 + 6 layers, 64 experts of 1,024, of which a token takes two, at the dense price. All
+translations get one length. ``--ctranslate2`` adds CTranslate2's int8 of the dense model.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import table, write_result
-from xmoe_fairseq.command_line import CommandParser, command_parser
+from benchmarks.common import add_device_flag, add_out_flag, table, write_result
+from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
 _SUMMARY = re.compile(r"Translated ([\d,]+) sentences \(([\d,]+) tokens\) in ([\d.]+)s")
@@ -57,7 +60,7 @@ def generate(path: str, overrides: str, search: Search, options: argparse.Namesp
     output, memory = _watched([str(word) for word in command])
     match = _SUMMARY.search(output)
     if not match:
-        sys.exit(f"{' '.join(map(str, command))} did not say how long it took:\n{output[-2000:]}")
+        raise ValueError(f"{' '.join(map(str, command))} did not say how long it took:\n{output[-2000:]}")
     sentences, tokens = (float(match[group].replace(",", "")) for group in (1, 2))
     return Run(sentences / float(match[3]), tokens / float(match[3]), memory)
 
@@ -72,7 +75,7 @@ def ctranslate2(checkpoint: str, search: Search, options: argparse.Namespace) ->
 
 
 def _watched(command: list[str]) -> tuple[str, float]:
-    """Both outputs of a command, and its largest resident set in bytes; ends this process if the command fails."""
+    """Both outputs of a command, and its largest resident set in bytes. Raises: ValueError if the command fails."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -80,12 +83,12 @@ def _watched(command: list[str]) -> tuple[str, float]:
         output.seek(0)
         text = output.read()
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{text[-2000:]}")
+        raise ValueError(f"{' '.join(command)} failed:\n{text[-2000:]}")
     return text, usage.ru_maxrss * 1024.0
 
 
 def measure(chosen: dict[str, tuple[str, str]], search: Search, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every checkpoint in turns; medians."""
+    """Time all checkpoints in turns. Returns: a row of medians for each."""
     names = [*chosen, CTRANSLATE2] if options.ctranslate2 else list(chosen)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     size = {name: Path(path).stat().st_size for name, (path, _) in chosen.items()}
@@ -117,18 +120,18 @@ def _parser() -> CommandParser:
     parser = command_parser("bench generate", __doc__)
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="NAME=PATH[@OVERRIDES]")
-    add("--data", type=Path, help="binarised data with a test split")
+    parser.flag("--data", type=Path, help="binary data with a test split")
     add("--random", type=Path, metavar="DIR", help="make models with random weights here (4.5 GB) and time those")
     add("--models", nargs="+", metavar="NAME", help="of the random models, the dense float32 one first (default: all)")
     add("--sentences", type=int, default=128, help="of the random test set (default 128)")
     add("--ctranslate2", action="store_true", help="also CTranslate2's int8 (pip install ctranslate2)")
-    add("--beams", type=int, nargs="+", default=[5])
-    add("--batch-sizes", type=int, nargs="+", default=[16])
+    add("--beams", type=at_least(1), nargs="+", default=[5], metavar="N", help="default 5")
+    add("--batch-sizes", type=at_least(1), nargs="+", default=[16], metavar="N", help="default 16")
     parser.old_name("--beam", "--beams")
     parser.old_name("--batch-size", "--batch-sizes")
-    add("--rounds", type=int, default=3)
-    add("--device", default="cpu", choices=["cpu", "cuda"])
-    add("--out", help="where the JSON goes (default: benchmarks/results/)")
+    add("--rounds", type=at_least(1), default=3, metavar="N", help="turns of every checkpoint (default 3)")
+    add_device_flag(parser)
+    add_out_flag(parser)
     return parser
 
 
@@ -156,9 +159,10 @@ def _chosen(parser: CommandParser, options: argparse.Namespace) -> dict[str, tup
     return chosen
 
 
-def main() -> None:
+@reports_errors("generate")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     chosen = _chosen(parser, options)
     rows = []
     for batch_size in options.batch_sizes:
@@ -174,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

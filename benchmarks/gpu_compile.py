@@ -1,11 +1,11 @@
-"""Compiles the layer's Triton kernels for A100 and H100 without a GPU, and looks at the machine code.
+"""Compile the layer's Triton kernels for A100 and H100 without a GPU, and inspect the machine code.
 
     xmoe bench gpu-compile [--settings NAME...] [--arch 80 90] [--out FILE]
 
 Each setting is a shape class of the named architectures. A step of the layer is recorded up to the point where a
-compiled kernel would be launched; what was recorded is compiled for sm_80 and sm_90 and disassembled. Equal launches of
-several settings are compiled once. The table: registers and spilled bytes of a thread, shared memory of a block,
-tensor-core instructions, and local loads and stores (spills) inside the loops that multiply.
+compiled kernel would be launched (gpu_record.py). What was recorded is compiled for sm_80 and sm_90 and disassembled.
+Equal launches of several settings are compiled once. The table shows registers and spilled bytes of a thread, shared
+memory of a block, tensor-core instructions, and local loads and stores (spills) inside the loops that multiply.
 
 Exit 1: a matrix product spills in its main loop; a block's shared memory exceeds the device's; a product has no
 tensor-core instruction and is not one of float32 operands without TF32; a kernel does not compile.
@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import torch
 
 from benchmarks.common import table, write_result
 from benchmarks.gpu_record import Unit, named_settings, unique_units
-from xmoe_fairseq.command_line import at_least, command_parser
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.moe import kernels
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes of one block on an A100, an H100
@@ -41,7 +42,7 @@ COLUMNS = [
 
 
 def compile_unit(unit: Unit, arch: int) -> dict[str, Any]:
-    """One row of the table; ``faults`` lists what must not be."""
+    """Compile one unit. Returns: a row of the table; its ``faults`` are the reasons for exit 1."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -62,7 +63,7 @@ def compile_unit(unit: Unit, arch: int) -> dict[str, Any]:
     row |= _usage(cubin) | inspect_code(_ask("nvdisasm", "-c", cubin))
     row["shared_KB"] = compiled.metadata.shared / 1024
     if compiled.metadata.shared > SHARED_LIMIT[arch]:
-        row["faults"].append(f"{compiled.metadata.shared} bytes of shared memory, {SHARED_LIMIT[arch]} there are")
+        row["faults"].append(f"{compiled.metadata.shared} bytes of shared memory, the device has {SHARED_LIMIT[arch]}")
     if unit.is_product and row["loop_spills"]:
         row["faults"].append(f"{row['loop_spills']} local loads and stores in a main loop")
     if unit.needs_tensor_cores and not row["tensor_core"]:
@@ -71,12 +72,14 @@ def compile_unit(unit: Unit, arch: int) -> dict[str, Any]:
 
 
 def _ask(tool: str, flag: str, cubin: bytes) -> str:
-    """What one of the binary tools that Triton brings says of a compiled kernel."""
+    """The output of one of the binary tools that come with Triton for a compiled kernel."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     if not path.exists():
-        sys.exit(f"this triton ({triton.__version__}) brings no {tool}; requirements-dev.txt pins one that does")
+        raise ValueError(
+            f"this triton ({triton.__version__}) brings no {tool}; requirements-dev.txt pins one that does"
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -84,7 +87,7 @@ def _ask(tool: str, flag: str, cubin: bytes) -> str:
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and bytes of its stack: what the assembler spilled, since kernels have no arrays."""
+    """Registers of a thread, and bytes of its stack, which are spills because the kernels have no arrays."""
     said = _ask("cuobjdump", "-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if found is None:
@@ -123,7 +126,7 @@ def _compile_by_number(number: int) -> dict[str, Any]:
 
 
 def compile_all(jobs: list[tuple[Unit, int]], processes: int) -> list[dict[str, Any]]:
-    """A row for each job, a unit and an architecture; forked processes share the recorded kernels."""
+    """A row for each job (a unit and an architecture). Forked processes share the recorded kernels."""
     _JOBS[:] = jobs
     if processes == 1:
         return [_compile_by_number(number) for number in range(len(jobs))]
@@ -131,17 +134,18 @@ def compile_all(jobs: list[tuple[Unit, int]], processes: int) -> list[dict[str, 
         return pool.map(_compile_by_number, range(len(jobs)), chunksize=1)
 
 
-def main() -> None:
+@reports_errors("gpu_compile")
+def main(argv: Sequence[str] | None = None) -> int:
     settings = named_settings()
     parser = command_parser("bench gpu-compile", __doc__)
     parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(settings), metavar="NAME")
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90], choices=list(SHARED_LIMIT))
     parser.flag("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes that compile")
     parser.flag("--out", old="--json", help="also write the table, as JSON")
-    options: argparse.Namespace = parser.parse_args()
+    options: argparse.Namespace = parser.parse_args(argv)
     if os.environ.pop("TRITON_INTERPRET", None):  # torch may have imported triton, which then cannot compile
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu_compile", *sys.argv[1:]])
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton does unasked, without its warning
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default, without its warning
     if not kernels.find_spec("triton"):
         parser.error("triton is not installed here; requirements-dev.txt names the version that is tested")
     torch.set_num_threads(1)
@@ -156,9 +160,10 @@ def main() -> None:
         f"{row['kernel']} {row['arch']} {row['dtype']} ({row['settings']}): {f}" for row in rows for f in row["faults"]
     ]
     print(f"{len(rows)} kernels compiled from {len(options.settings)} settings, {len(faults)} faults")
-    if faults:
-        sys.exit("\n".join(faults))
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,11 +2,10 @@
 
     xmoe bench gpu-count [--out FILE]
 
-The torch way runs on CPU tensors with the package's question "does the host hold this tensor?" answered no, so that it
-takes the steps it takes on CUDA; a dispatch mode counts each call that is not a view or an allocation. Half-precision
-products are not computed: their values change no count. The Triton way runs dry: its launches, with their costs, are
-recorded and nothing is executed; calls of torch beside them are counted in the same way. Kept rows are those that the
-torch way really kept.
+The torch way runs on CPU tensors with ``host.on_cpu`` answering no, so that it takes the steps it takes on CUDA. A
+dispatch mode counts each call that is not a view or an allocation. Half-precision products are not computed, because
+their values change no count. The Triton way runs dry: its launches and their costs are recorded and nothing is
+executed. Calls of torch beside them are counted in the same way. Kept rows are those that the torch way kept.
 
 Bytes count each operand of a call once and each result once. Tile bytes are what the programs of a kernel load and
 store at its tile sizes, re-reads by several programs included; for calls of torch they are the bytes. Paper time of a
@@ -18,7 +17,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import kept_bytes, table, write_result
-from benchmarks.layer import CASES, DENSE, WIDTH, Case, _scale_for
+from benchmarks.layer import CASES, DENSE, WIDTH, Case, scale_for
 from benchmarks.peers import DenseFFN
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer, flops, host
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS, SORT_SECONDS = 2.5e12, 500e12, 3e-6, 60e-6
@@ -52,7 +52,7 @@ PRODUCTS: dict[str, Callable[..., tuple[int, ...]]] = {
 
 @dataclass
 class Count:
-    """What was counted; ``calls``: name -> launches, bytes, paper microseconds."""
+    """Sums over the launches of one run. ``calls`` maps a name to its launches, bytes and paper microseconds."""
 
     launches: int = 0
     waits: int = 0
@@ -63,7 +63,7 @@ class Count:
     calls: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, bytes_: float, flops_: float, tile_bytes: float | None = None) -> None:
-        """One launch."""
+        """Add one launch."""
         least = SORT_SECONDS if name in ("sort", "argsort") else LAUNCH_SECONDS
         seconds = max(bytes_ / BYTES_PER_SECOND, flops_ / FLOPS_PER_SECOND, least)
         self.launches += 1
@@ -108,7 +108,7 @@ class CountedCalls(TorchDispatchMode):
 
     @staticmethod
     def _product(name: str, args: Any, kwargs: Any) -> Any:
-        """An unset result in place of a half-precision product, whose values nobody looks at."""
+        """A result of zeros in place of a half-precision product, whose values are not used."""
         tensors = _tensors((args, kwargs))
         if name not in PRODUCTS or tensors[0].dtype == torch.float32:
             return None
@@ -121,7 +121,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _held_bytes(tensor: Tensor) -> int:
-    """Bytes that a kernel touches: what is broadcast is read once."""
+    """Bytes that a kernel touches; a broadcast dimension is read once."""
     size = 1
     for length, step in zip(tensor.shape, tensor.stride(), strict=True):
         size *= length if step else min(length, 1)
@@ -137,7 +137,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """The steps that the torch way takes on CUDA, on CPU tensors."""
+    """Make the torch way take on CPU tensors the steps that it takes on CUDA."""
     on_cpu = host.on_cpu
     host.on_cpu = lambda tensor: False  # type: ignore[assignment]
     try:
@@ -166,7 +166,7 @@ def count_triton(run: Callable[[], object], rows: int) -> Count:
 
 
 def step(module: nn.Module, x_TD: Tensor, padding: Tensor | None, *, backward: bool) -> Callable[[], Any]:
-    """A training step (gradients of the input and of all parameters), or its forward pass alone."""
+    """A call that runs a training step (gradients of the input and of all parameters), or its forward pass alone."""
     leaf, grad_TD = x_TD.detach().requires_grad_(), torch.randn_like(x_TD)
     leaves = [leaf, *module.parameters()]
     one = torch.ones(())
@@ -185,7 +185,7 @@ def step(module: nn.Module, x_TD: Tensor, padding: Tensor | None, *, backward: b
 
 
 def both_ways(config: MoEConfig) -> tuple[MoELayer, MoELayer]:
-    """Our layer by torch's grouped products, which an H100 takes, and by kernels; equal weights."""
+    """Our layer by torch's grouped products, which an H100 takes, and by kernels, with equal weights."""
     torch.manual_seed(0)
     by_torch = MoELayer(replace(config, compute="grouped")).to(DTYPE)
     by_triton = MoELayer(replace(config, compute="triton")).to(DTYPE)
@@ -213,12 +213,12 @@ def count_training(case: Case) -> list[dict[str, Any]]:
 
 
 def count_decoding(tokens: int) -> list[dict[str, Any]]:
-    """A few tokens through 64x1024, about 4 experts each, without capacity and gradients."""
+    """Count a few tokens through 64x1024, about 4 experts each, without capacity and gradients."""
     x_TD = torch.randn(tokens, WIDTH).to(DTYPE)
     layers = [layer.eval() for layer in both_ways(MoEConfig(WIDTH, 64, 1024, threshold=0.9))]
     dense = DenseFFN(WIDTH, DENSE).to(DTYPE).eval()
     with torch.no_grad():
-        scale = _scale_for(4.0, layers[0].router.weight, x_TD)
+        scale = scale_for(4.0, layers[0].router.weight, x_TD)
         for layer in layers:
             layer.router.weight.mul_(scale)
         with as_on_a_gpu(), CountedCalls(Count()):
@@ -240,7 +240,7 @@ def labelled(counts: dict[str, Count], **labels: Any) -> list[dict[str, Any]]:
 
 
 def count_kept(case: Case) -> dict[str, float]:
-    """MB that stay between forward and backward under autocast, float32 parameters and the input left out."""
+    """MB kept between forward and backward under autocast, without the float32 parameters and the input."""
     from xmoe_fairseq.moe.kernels.launch import record
 
     x_TD, padding = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.arange(TOKENS) % 10 == 0
@@ -257,7 +257,7 @@ def count_kept(case: Case) -> dict[str, float]:
         of_dense = kept_bytes(lambda: forward(dense), list(dense.parameters()))
         with record(dry=True):
             of_layer = kept_bytes(lambda: forward(layer), list(layer.parameters()))
-    # lists of rows are kept with the plan, not by autograd
+    # the plan keeps the lists of rows, not autograd
     lists = [value for value in vars(plans[-1].lists).values() if isinstance(value, Tensor)]
     of_layer += sum(value.nbytes for value in lists)
     return {"layer_MB": of_layer / 1e6, "dense_MB": of_dense / 1e6, "of_dense": of_layer / of_dense}
@@ -267,12 +267,13 @@ def output_of_result(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def main() -> None:
+@reports_errors("gpu_count")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("bench gpu-count", __doc__)
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
     parser.flag("--out", old="--json", help="also write all counts, call by call, as JSON")
-    options: argparse.Namespace = parser.parse_args()
-    os.environ["TRITON_INTERPRET"] = "1"  # lets kernels.chosen take CPU tensors; nothing is run
+    options: argparse.Namespace = parser.parse_args(argv)
+    os.environ["TRITON_INTERPRET"] = "1"  # lets kernels.chosen take CPU tensors; no kernel is run
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     kept: dict[str, dict[str, float]] = {}
@@ -291,4 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,12 +4,12 @@
 
 The settings are those of ``benchmarks.layer``: 32x2048, 64x1024, 128x512 of one dense FFN's FLOPs. Training is forward
 and backward with the balance loss. Times are medians of Triton's ``do_bench``, which clears the second-level cache
-between runs. A graph shows what the device needs when the host's launches do not hold it up; methods that wait for the
-host cannot be captured, and the table says "waits". ``profile`` in the JSON lists each kernel's time and launches.
+between runs. A graph shows what the device needs when the host's launches do not hold it up. Methods that wait for the
+host cannot be captured; the table says "waits" for them. ``profile`` in the JSON lists each kernel's time and launches.
 
-Methods: dense; ours by kernels (``moe_compute triton``), ours by torch (grouped, bmm, loop), torch's grouped GEMMs
-alone on rows in place, ScatterMoE where it is installed, transformers' blocks where they are installed. Needs torch,
-Triton and SciPy only.
+The methods are the dense FFN, ours by kernels (``moe_compute triton``), ours by torch (grouped, bmm, loop), torch's
+grouped GEMMs alone on rows in place, and, where they are installed, ScatterMoE and transformers' blocks. torch, Triton
+and SciPy suffice.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import kept_bytes, peak_bytes, table, write_result
-from benchmarks.layer import CASES, DENSE, WIDTH, Case, _scale_for, output_of
+from benchmarks.common import add_out_flag, kept_bytes, peak_bytes, table, write_result
+from benchmarks.layer import CASES, DENSE, WIDTH, Case, output_of, scale_for
 from benchmarks.peers import DenseFFN, GroupedGemms, scatter_moe
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 PROFILED = ("dense", "ours by kernels")
@@ -51,7 +51,7 @@ def our_layers(config: MoEConfig, ways: tuple[str, ...], like: Tensor) -> dict[s
 
 
 def candidates(case: Case, tokens: int, like: Tensor) -> Iterator[tuple[str, nn.Module | str]]:
-    """Each method of the comparison, or in its place the reason why it is left out. One at a time in memory."""
+    """Each method of the comparison, or the reason why it is left out. Only one of them is in memory at a time."""
     yield "dense", DenseFFN(WIDTH, DENSE).to(like)
     for way in ("triton", "grouped", "bmm"):
         yield from built(way, lambda way=way: our_layers(case.config(), (way,), like))
@@ -76,10 +76,10 @@ def transformers_blocks(case: Case, tokens: int, like: Tensor) -> dict[str, nn.M
 
 
 def built(name: str, make: Callable[[], dict[str, nn.Module]]) -> Iterator[tuple[str, nn.Module | str]]:
-    """What ``make`` builds; a peer that is not installed, or of another version, is a line in the table, no end."""
+    """What ``make`` builds. A peer that is not installed or of another version becomes a note in the table."""
     try:
         modules: dict[str, Any] = dict(make())
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         modules = {name: f"left out, {first_line(error)}"}
     while modules:
         yield modules.popitem()
@@ -94,7 +94,7 @@ def inputs_of(module: nn.Module, like: Tensor) -> Tensor:
 
 
 def train_step(module: nn.Module, x_TD: Tensor) -> Callable[[], object]:
-    """Forward and backward: gradients of the input and of all parameters."""
+    """A call that runs forward and backward, with gradients of the input and of all parameters."""
     leaf, grad = x_TD.detach().requires_grad_(), torch.randn_like(x_TD)
     leaves, one = [leaf, *module.parameters()], torch.ones((), device=x_TD.device)
 
@@ -122,7 +122,7 @@ def median_ms(run: Callable[[], object]) -> float:
 
 
 def waits(run: Callable[[], object]) -> bool:
-    """Whether the host waits for the device somewhere in ``run``."""
+    """True if the host waits for the device somewhere in ``run``."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -151,7 +151,7 @@ def graphed(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def host_ms(run: Callable[[], object], repeats: int = 20) -> float:
-    """Milliseconds that the host needs to launch one run; meaningful for methods that do not wait."""
+    """Milliseconds that the host needs to launch one run of a method that does not wait for the device."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -177,7 +177,7 @@ def profile_of(run: Callable[[], object], repeats: int = 10) -> list[dict[str, A
 
 
 def measure_run(name: str, run: Callable[[], object]) -> dict[str, Any]:
-    """Times of one method; what fails is told in ``note``, so that one method cannot end a comparison."""
+    """Times of one method. A failure goes to ``note``, so that the other methods are still measured."""
     row: dict[str, Any] = {}
     try:
         for _ in range(3):
@@ -217,12 +217,12 @@ def measure(case: Case, tokens: int, mode: str, options: argparse.Namespace) -> 
 
 
 def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A few tokens through 64 x 1024 with a router that wants about 4 experts a token, no capacity."""
+    """Time a few tokens through 64 x 1024, without capacity and with a router that wants about 4 experts a token."""
     x_TD = torch.randn(tokens, WIDTH, dtype=getattr(torch, options.dtype), device="cuda")
     modules: dict[str, nn.Module] = {"dense": DenseFFN(WIDTH, DENSE).to(x_TD)}
     ours = our_layers(MoEConfig(WIDTH, 64, 1024, threshold=0.9), ("triton", "grouped", "bmm", "loop"), x_TD)
     gates = [layer.router.weight for layer in ours.values()]
-    scale = _scale_for(4.0, gates[0], x_TD)
+    scale = scale_for(4.0, gates[0], x_TD)
     with torch.no_grad():
         for gate in gates:
             gate.mul_(scale)
@@ -234,7 +234,7 @@ def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict[str,
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Times divided by the dense FFN's, eager by eager and graph by graph; and the notes as lines."""
+    """Add to each row its times divided by the dense FFN's, eager by eager and graph by graph; print the notes."""
     dense = rows[0]
     for row in rows:
         for way in ("eager", "graph"):
@@ -246,7 +246,8 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+@reports_errors("gpu_layer")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("bench gpu-layer", __doc__)
     modes = ["train", "infer", "decode"]
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
@@ -254,10 +255,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tf32", action="store_true", help="let float32 products of all methods use TF32")
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
-    options = parser.parse_args()
+    add_out_flag(parser)
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device here; python -m benchmarks.layer runs on a CPU")
+        parser.error("torch sees no CUDA device here; xmoe bench layer runs on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     rows: list[dict[str, Any]] = []
     shown: list[str] = []
@@ -272,8 +273,8 @@ def main() -> None:
     name = f"gpu-{'-'.join(options.modes)}-{options.dtype}"
     print("written:", write_result(name, {"rows": rows, "device": torch.cuda.get_device_name()}, options.out))
     if any("note" in row for row in rows if row["method"] in PROFILED):
-        sys.exit("the layer itself could not be measured everywhere; the reasons are above")
+        raise ValueError("the layer itself could not be measured everywhere; the reasons are above")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

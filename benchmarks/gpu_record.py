@@ -1,4 +1,4 @@
-"""Records what steps of the layer would launch on a GPU, without one: kernels with all that Triton compiles for."""
+"""Record without a GPU what steps of the layer would launch on one: kernels with all that Triton compiles for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Setting:
 
 
 def named_settings() -> dict[str, Setting]:
-    """Shape classes: models of the paper's tables, each router that kernels serve, dtypes, decoding."""
+    """The shape classes: models of the paper's tables, each router that kernels serve, dtypes, decoding."""
     translation = {
         f"{experts}x{hidden}": MoEConfig(512, experts, hidden, threshold=0.9, capacity_factor=gamma)
         for experts, hidden, gamma in ((32, 2048, 1.0), (64, 1024, 2.0), (128, 512, 4.0))
@@ -90,7 +90,7 @@ class Unit:
 
 
 def unique_units(settings: dict[str, Setting], arch: int) -> list[Unit]:
-    """What steps of all settings launch on a GPU of ``arch``, equal launches once."""
+    """The distinct kernels that steps of all settings launch on a GPU of ``arch``."""
     found: dict[str, Unit] = {}
     for name, setting in settings.items():
         for unit in record_step(name, setting, arch):
@@ -101,7 +101,7 @@ def unique_units(settings: dict[str, Setting], arch: int) -> list[Unit]:
 
 
 def record_step(name: str, setting: Setting, arch: int) -> list[Unit]:
-    """What one step of the layer would launch."""
+    """The kernels that one step of the layer would launch."""
     from xmoe_fairseq.moe.kernels import launch
 
     trains = setting.mode == "train"
@@ -136,7 +136,7 @@ def record_step(name: str, setting: Setting, arch: int) -> list[Unit]:
 
 @contextmanager
 def _stopped_before_launching(calls: list[tuple[Any, ...]], arch: int) -> Iterator[None]:
-    """The layer takes CPU tensors for those of a GPU of ``arch``; compiled launches are collected and not run."""
+    """Make the layer treat CPU tensors as tensors on a GPU of ``arch``; collect its compiled launches, run none."""
     from xmoe_fairseq.moe.kernels import launch, tiles
 
     chosen, run, capability = kernels.chosen, launch._run_compiled, tiles.capability
@@ -150,7 +150,7 @@ def _stopped_before_launching(calls: list[tuple[Any, ...]], arch: int) -> Iterat
 
 
 def _unit(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Unit:
-    """As Triton specialises: integers of 1 are constants; what is divisible by 16 is known to be."""
+    """Specialise arguments as Triton does: an integer of 1 is a constant, and divisibility by 16 is an attribute."""
     names = kernel.arg_names
     unspecialised = set(kernel.do_not_specialize or ())
     signature: dict[str, str] = {}
@@ -177,7 +177,7 @@ def _unit(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) ->
 
 
 def _is_exact(arguments: tuple[Any, ...], constants: dict[str, Any]) -> bool:
-    """Whether float32 operands are multiplied as float32, which tensor cores cannot: the default without TF32, and the
-    router's products under autocast."""
+    """True if float32 operands are multiplied as float32, which tensor cores cannot do. This is the default without
+    TF32, and so are the router's products under autocast."""
     precision = constants.get("PRECISION", constants.get("DOT"))
     return precision == "ieee" and arguments[0].dtype == torch.float32

@@ -32,21 +32,31 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, kept_bytes, peak_bytes, settle_memory, summarise, table, write_result
+from benchmarks.common import (
+    add_timing_flags,
+    interleaved,
+    kept_bytes,
+    peak_bytes,
+    settle_memory,
+    summarise,
+    table,
+    write_result,
+)
 from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step
 from benchmarks.peers import DenseFFN
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 from xmoe_fairseq.moe.flops import counted_flops
 
 
 class Setting(NamedTuple):
-    """``top_k`` experts of ``expert_dim`` units: together the hidden units of the dense FFN."""
+    """``top_k`` experts of ``expert_dim`` units, which together have the hidden units of the dense FFN."""
 
     num_experts: int
     expert_dim: int
@@ -61,7 +71,7 @@ SETTINGS = (Setting(32, 2048, 1), Setting(64, 1024, 2))
 
 
 class OneSequence(nn.Module):
-    """A block of transformers, which wants (batch, length, D), on tokens (T, D)."""
+    """Gives tokens (T, D) to a block of transformers, which wants (batch, length, D)."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -147,14 +157,14 @@ def without_biases(layer: MoELayer) -> MoELayer:
 
 
 def require_same(what: str, got: Tensor, want: Tensor) -> None:
-    """Exit unless both are equal up to the order of sums; otherwise the comparison would be of two functions."""
+    """Raise ValueError unless both are equal up to the order of sums: two different functions cannot be compared."""
     apart = float((got - want).abs().max() / want.abs().max())
     if not apart <= 1e-4:
-        sys.exit(f"{what}: outputs differ by {apart:.2g} of the largest value, at most 1e-4 is rounding")
+        raise ValueError(f"{what}: outputs differ by {apart:.2g} of the largest value, at most 1e-4 is rounding")
 
 
 def build(setting: Setting, tokens: int, like: Tensor) -> dict[str, nn.Module]:
-    """The candidates, checked against each other in float32, then in the dtype of ``like``."""
+    """The candidates, checked against each other in float32 and then moved to the dtype of ``like``."""
     ours = without_biases(our_layer(setting))  # they are still computed
     loop, grouped = (mixtral_block(ours, implementation) for implementation in ("eager", "grouped_mm"))
     grouped.load_state_dict(loop.state_dict())
@@ -196,21 +206,12 @@ def measure(setting: Setting, tokens: int, options: argparse.Namespace) -> list[
     return rows
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wants a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("bench hf-peers", __doc__)
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[1024, 4096])
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[1024, 4096], help="tokens of one call")
     parser.add_argument("--modes", nargs="+", default=["train", "infer"], choices=["train", "infer"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=positive, default=7, help="timed turns of every candidate")
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
-    options = parser.parse_args()
+    add_timing_flags(parser, repeats=7)
+    options = parser.parse_args(argv)
     if importlib.util.find_spec("transformers") is None:
         parser.error("transformers is not installed here; bash benchmarks/hf_peers.sh makes an environment with it")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -218,8 +219,9 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse_arguments()
+@reports_errors("hf_peers")
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     settle_memory()
     from transformers import __version__ as version
 
@@ -232,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,15 +11,25 @@ that wants about 4 experts a token).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import interleaved, kept_bytes, peak_bytes, settle_memory, summarise, table, write_result
+from benchmarks.common import (
+    add_timing_flags,
+    interleaved,
+    kept_bytes,
+    peak_bytes,
+    settle_memory,
+    summarise,
+    table,
+    write_result,
+)
 from benchmarks.peers import DenseFFN, ExpertGemms, LoopOverExperts, PlainBatched, fairscale_moe
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 WIDTH, DENSE = 512, 2048
@@ -32,7 +42,7 @@ OTHER_WAYS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the comparison; ``gamma`` keeps FLOPs equal (Eq 6)."""
+    """Sizes and routing of one layer. ``gamma`` makes its FLOPs those of the dense FFN (Eq 6)."""
 
     num_experts: int
     expert_dim: int
@@ -64,7 +74,7 @@ def output_of(module: nn.Module, x_TD: Tensor) -> Tensor:
 
 
 def train_step(module: nn.Module, x_TD: Tensor, grad_TD: Tensor) -> Callable[[], None]:
-    """Forward and backward, gradients freed as an optimiser would."""
+    """A call that runs forward and backward and then frees the gradients, as an optimiser would."""
 
     def run() -> None:
         leaf = x_TD.detach().requires_grad_()
@@ -120,9 +130,9 @@ def measure(case: Case, tokens: int, mode: str, options: argparse.Namespace) -> 
 
 
 def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict]:
-    """A few tokens through 64 x 1024 with a router that wants about 4 experts a token, no capacity.
+    """Time a few tokens through 64 x 1024, without capacity and with a router that wants about 4 experts a token.
 
-    Beside the layer as it is: one GEMM per expert instead of the kernels for few rows, and quantised experts.
+    Beside the layer as it is stand one GEMM per expert instead of the kernels for few rows, and quantised experts.
     """
     config = MoEConfig(WIDTH, 64, 1024, threshold=0.9)
     case = Case(64, 1024, 0.9, 2.0)
@@ -133,27 +143,21 @@ def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict]:
     official = modules["loop over experts (official code's way)"]
     with torch.no_grad():
         for gate in (modules["ours"].router.weight, official.route.gate.weight):
-            gate.mul_(_scale_for(4.0, gate, x_TD))
+            gate.mul_(scale_for(4.0, gate, x_TD))
         for name, settings in OTHER_WAYS.items():
             modules[name] = MoELayer(replace(config, **settings)).to(x_TD)
             modules[name].load_state_dict(modules["ours"].state_dict())
         plan = modules["ours"].eval()(x_TD)[1]
-    summary = summarise(
-        interleaved(
-            {name: inference(module, x_TD) for name, module in modules.items()},
-            options.repeats * 5,
-            options.device,
-        ),
-        beside="dense",
-    )
+    runs = {name: inference(module, x_TD) for name, module in modules.items()}
+    summary = summarise(interleaved(runs, options.repeats * 5, options.device), beside="dense")
     head = {"case": case.name, "tokens": tokens, "mode": "decode", "dtype": options.dtype}
     active = int((plan.count_E > 0).sum())
     read = {"active_experts": active, "experts_per_token": plan.count_E.sum().item() / tokens}
     return [{**head, "method": name, **row, **(read if name == "ours" else {})} for name, row in summary.items()]
 
 
-def _scale_for(wanted: float, weight_ED: Tensor, x_TD: Tensor) -> float:
-    """Factor of the gate's weights at which tokens want ``wanted`` experts for a mass of 0.9, by bisection."""
+def scale_for(wanted: float, weight_ED: Tensor, x_TD: Tensor) -> float:
+    """The factor of the router's weights at which a token wants ``wanted`` experts for a mass of 0.9, by bisection."""
     low, high = 0.1, 1000.0
     for _ in range(40):
         middle = (low * high) ** 0.5
@@ -163,18 +167,17 @@ def _scale_for(wanted: float, weight_ED: Tensor, x_TD: Tensor) -> float:
     return middle
 
 
-def main() -> None:
+@reports_errors("layer")
+def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("bench layer", __doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument(
-        "--modes", nargs="+", default=["train", "infer", "decode"], choices=["train", "infer", "decode"]
+        "--tokens", type=at_least(1), nargs="+", default=[1024, 4096], metavar="N", help="tokens of one call"
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=7)
+    modes = ["train", "infer", "decode"]
+    parser.add_argument("--modes", nargs="+", default=modes, choices=modes, help="default: all three")
     parser.add_argument("--peers", action="store_true", help="also time the other ways to compute the layer")
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
-    options = parser.parse_args()
+    add_timing_flags(parser, repeats=7)
+    options = parser.parse_args(argv)
     settle_memory()
     rows: list[dict] = []
     for mode in options.modes:
@@ -185,25 +188,10 @@ def main() -> None:
         for tokens in options.tokens:
             for case in CASES:
                 rows += measure(case, tokens, mode, options)
-    print(
-        table(
-            rows,
-            [
-                "mode",
-                "tokens",
-                "case",
-                "method",
-                "ms",
-                "ratio",
-                "ratio_p10",
-                "ratio_p90",
-                "kept_MB",
-                "peak_MB",
-            ],
-        )
-    )
+    columns = ["mode", "tokens", "case", "method", "ms", "ratio", "ratio_p10", "ratio_p90", "kept_MB", "peak_MB"]
+    print(table(rows, columns))
     print("written:", write_result(f"layer-{options.dtype}-{options.device}", {"rows": rows}, options.out))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

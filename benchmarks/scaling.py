@@ -2,7 +2,7 @@
 
     xmoe bench scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
 
-Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
+There are four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
   flops        inference: expert sizes of the paper, capacity lowered from the full FLOPs of the dense FFN to an eighth
   experts      training and inference: 8 to 512 experts of 512 (256) units, 4 (8) kept rows a token: only weights grow
   granularity  training: 8 x 2048 cut finer down to 512 x 32 at fixed FLOPs and parameters, up to 64 kept rows a token
@@ -12,14 +12,16 @@ Four sweeps at D 512, each beside a dense FFN of 2048 units in the same turns:
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import interleaved, peak_bytes, settle_memory, summarise, table, write_result
+from benchmarks.common import add_timing_flags, interleaved, peak_bytes, settle_memory, summarise, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
 from benchmarks.peers import DenseFFN, ExpertGemms
-from xmoe_fairseq.command_line import command_parser
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer
 
 SIZES = ((32, 2048), (64, 1024), (128, 512), (256, 256))
@@ -34,14 +36,14 @@ def layer_of(num_experts: int, expert_dim: int, flops_share: float) -> MoELayer:
 
 
 def counted_share(layer: MoELayer, x_TD: torch.Tensor) -> float:
-    """FLOPs of the rows that one pass really computes, relative to the dense FFN."""
+    """FLOPs of the rows that one pass computes, relative to the dense FFN."""
     with torch.no_grad():
         plan = layer(x_TD)[1]
     return plan.token_index_A.numel() * plan.row_cost / x_TD.size(0)
 
 
 def sweep_flops(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """Capacity from the dense FFN's FLOPs down to an eighth, one expert size after the other."""
+    """Lower the capacity from the dense FFN's FLOPs to an eighth of them, for each expert size."""
     rows = []
     for experts, size in SIZES:
         layers = {f"{share:g}": layer_of(experts, size, share) for share in (1.0, 0.5, 0.25, 0.125)}
@@ -51,7 +53,7 @@ def sweep_flops(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
 
 
 def sweep_experts(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """More experts to choose from; FLOPs and kept rows stay, the weights grow 64 times, to 1.1 GB in float32."""
+    """Add experts to choose from. FLOPs and kept rows stay; the weights grow 64 times, to 1.1 GB in float32."""
     rows = []
     for size in (512, 256):
         layers = {f"{experts}x{size}": layer_of(experts, size, 1.0) for experts in (8, 32, 128, 512)}
@@ -62,7 +64,7 @@ def sweep_experts(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]
 
 
 def sweep_gemms(layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """The floor of the inference above: the batched GEMMs of each layer alone, on full experts."""
+    """Time the batched GEMMs of each layer alone, on full experts: a lower bound of its inference."""
     runs = {"dense": inference(DenseFFN(WIDTH, DENSE).to(x_TD), x_TD)}
     for name, layer in layers.items():
         config = layer.config
@@ -74,7 +76,7 @@ def sweep_gemms(layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argpar
 
 
 def sweep_granularity(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """Experts of 2048 / g units, gamma g."""
+    """Cut the dense FFN into experts of 2048 / g units, with gamma g."""
     sizes = ((8, 2048), (32, 512), (64, 256), (128, 128), (512, 32))
     layers = {f"{experts}x{size}": layer_of(experts, size, 1.0) for experts, size in sizes}
     return sweep_layers("granularity, train", layers, x_TD, options, train=True)
@@ -111,7 +113,7 @@ def sweep_layers(
 
 
 def sweep_fine(x_TD: torch.Tensor, options: argparse.Namespace) -> list[dict]:
-    """Experts of one hidden unit, as many as the dense FFN beside them has units."""
+    """Use experts of one hidden unit, as many as the dense FFN beside them has units."""
     rows = []
     for experts in (2048, 16384):
         layers = {f"{experts}x1": MoELayer(MoEConfig(WIDTH, experts, 1, capacity_factor=None, dense_dim=experts))}
@@ -124,7 +126,7 @@ SWEEPS = {"flops": sweep_flops, "experts": sweep_experts, "granularity": sweep_g
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Fig 8: time against FLOPs, both relative to the dense FFN, one line per expert size."""
+    """Plot time against FLOPs, both relative to the dense FFN, one line per expert size (Fig 8)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,16 +146,18 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+@reports_errors("scaling")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the sweeps; the plot goes beside the JSON."""
     parser = command_parser("bench scaling", __doc__)
-    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--fine-tokens", type=int, default=1024, help="tokens of the sweep over experts of size 1")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/); the plot goes beside it")
-    options = parser.parse_args()
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS), help="default: all")
+    parser.add_argument(
+        "--tokens", type=at_least(1), default=4096, metavar="N", help="tokens of one call (default 4096)"
+    )
+    fine_help = "tokens of the sweep over experts of size 1 (default 1024)"
+    parser.add_argument("--fine-tokens", type=at_least(1), default=1024, metavar="N", help=fine_help)
+    add_timing_flags(parser, repeats=5)
+    options = parser.parse_args(argv)
     settle_memory()
     like = {"dtype": getattr(torch, options.dtype), "device": options.device}
     x_TD = torch.randn(options.tokens, WIDTH, **like)
@@ -167,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,10 +2,10 @@
 
     xmoe bench train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 8]
 
-Each turn is a fresh ``fairseq-train`` of a few updates; the first two updates of a turn are left out. The figure of an
-architecture is the median over all its updates. Optimiser, logging and data loading are included, as a user has them;
-the optimiser's share of an update (experts are most of the parameters) is told beside it.
-``--data`` is a folder of fairseq-preprocess; without it, sentences of 5 to 40 random words of 8,000.
+Each turn is a fresh ``fairseq-train`` of a few updates, of which the first two are left out. The figure of an
+architecture is the median over all its updates. Optimiser, logging and data loading are included. The table also shows
+the optimiser's share of an update, since experts are most of the parameters.
+Without ``--data`` the text is sentences of 5 to 40 random words out of 8,000.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import table, write_result
-from xmoe_fairseq.command_line import command_parser
+from benchmarks.common import add_device_flag, add_out_flag, table, write_result
+from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
 
 
 def make_data(folder: Path, lines: int = 4000) -> Path:
-    """Random parallel sentences, binarised."""
+    """Write random parallel sentences and binarise them. Returns: the folder of the binary data."""
     source = random.Random(1)
     words = [f"w{number}" for number in range(8000)]
     for split in ("train", "valid"):
@@ -34,22 +35,13 @@ def make_data(folder: Path, lines: int = 4000) -> Path:
             text = "".join(" ".join(source.choices(words, k=source.randint(5, 40))) + "\n" for _ in range(lines))
             (folder / f"{split}.{language}").write_text(text)
         lines = 40
-    command = [
-        "fairseq-preprocess",
-        "-s",
-        "xx",
-        "-t",
-        "yy",
-        "--trainpref",
-        f"{folder}/train",
-        "--validpref",
-        f"{folder}/valid",
-    ]
-    subprocess.run([*command, "--destdir", f"{folder}/bin", "--joined-dictionary"], check=True, capture_output=True)
+    command = ["fairseq-preprocess", "-s", "xx", "-t", "yy", "--joined-dictionary", "--destdir", f"{folder}/bin"]
+    command += ["--trainpref", f"{folder}/train", "--validpref", f"{folder}/valid"]
+    subprocess.run(command, check=True, capture_output=True)
     return folder / "bin"
 
 
-# fairseq-train that tells what its updates and the optimiser in them took.
+# Runs fairseq-train and prints the seconds of each update and of the optimiser's part in it.
 TIMED_TRAIN = """
 import json, time
 from fairseq.optim import FairseqOptimizer
@@ -76,7 +68,7 @@ SKIPPED = 2
 
 
 def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """Words per second, and the optimiser's share, of each update but the first ones."""
+    """Words per second and the optimiser's share of each update but the first ``SKIPPED``."""
     flags = f"""--arch {arch} --share-all-embeddings --optimizer {options.optimizer} --lr 5e-4
         --max-tokens {options.max_tokens} --criterion label_smoothed_cross_entropy_with_load_balance
         --label-smoothing 0.1 --max-update {options.updates}
@@ -86,7 +78,7 @@ def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[fl
     command += options.extra
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"fairseq-train {' '.join(command[3:])} failed:\n{done.stderr[-2000:]}")
+        raise ValueError(f"fairseq-train {' '.join(command[3:])} failed:\n{done.stderr[-2000:]}")
     rates: list[float] = []
     shares: list[float] = []
     for line in done.stdout.splitlines() + done.stderr.splitlines():
@@ -98,20 +90,25 @@ def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[fl
     return rates[SKIPPED:], shares[SKIPPED:]
 
 
-def main() -> None:
+def _parser() -> CommandParser:
     parser = command_parser("bench train", __doc__)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--archs", nargs="+", default=["dense_transformer_wmt23", "xmoe_transformer"])
-    parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-tokens", type=int, default=4096)
-    parser.add_argument("--optimizer", default="fused_adam", help="fused_adam or adam, fairseq's own")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--extra", nargs=argparse.REMAINDER, default=[], help="further flags of fairseq-train; must come last"
-    )
-    parser.add_argument("--out", help="where the JSON goes (default: benchmarks/results/)")
-    options = parser.parse_args()
+    parser.flag("--data", type=Path, help="folder of fairseq-preprocess (default: random sentences)")
+    archs = ["dense_transformer_wmt23", "xmoe_transformer"]
+    parser.add_argument("--archs", nargs="+", default=archs, metavar="NAME", help=f"default: {' '.join(archs)}")
+    parser.add_argument("--updates", type=at_least(SKIPPED + 1), default=8, metavar="N", help="of a turn (default 8)")
+    parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="turns (default 3)")
+    parser.flag("--max-tokens", default=4096)
+    parser.add_argument("--optimizer", default="fused_adam", help="fused_adam (default) or adam, fairseq's own")
+    add_device_flag(parser)
+    extra_help = "further flags of fairseq-train; must come last"
+    parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help=extra_help)
+    add_out_flag(parser)
+    return parser
+
+
+@reports_errors("train")
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
     rates: dict[str, list[float]] = {arch: [] for arch in options.archs}
     shares: dict[str, list[float]] = {arch: [] for arch in options.archs}
     with tempfile.TemporaryDirectory() as folder:
@@ -138,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

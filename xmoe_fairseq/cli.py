@@ -32,6 +32,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("demo", "scripts/demo.sh", "a translation project in minutes, on a CPU, without a download"),
         Command("setup", "scripts/setup.sh", "make the virtual environment from the pinned requirements"),
         Command("native", "xmoe_fairseq.moe.native.build", "compile the library for few rows (set-up does it)"),
+        Command("completion", "xmoe_fairseq.completion", "print a script that completes xmoe in bash or zsh"),
         Command("test", "scripts/test.sh", "every check: format, lint, types, shell, unit and end-to-end tests"),
     ),
     "Prepare text": (

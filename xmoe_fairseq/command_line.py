@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 _OLD_UNTIL = "the next release"
@@ -104,6 +105,8 @@ class CommandParser(argparse.ArgumentParser):
         self.flag(name, nargs="+", action=functools.partial(_Numbers, check=check), type=str, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if _parser_is_wanted.get():
+            raise _Complete(self)
         given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(self._with_new_names(given), namespace)
 
@@ -129,6 +132,29 @@ class CommandParser(argparse.ArgumentParser):
     def warn(self, text: str) -> None:
         """One line on standard error."""
         print(f"{self.prog}: warning: {text}", file=sys.stderr)
+
+
+class _Complete(Exception):
+    """No error: it carries a parser out of a ``main`` to `parser_of`."""
+
+    def __init__(self, parser: CommandParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+_parser_is_wanted: ContextVar[bool] = ContextVar("parser_is_wanted", default=False)
+
+
+def parser_of(main: Callable[..., Any]) -> CommandParser:
+    """The complete parser of a command, taken from its ``main``, which runs up to the point where it would parse."""
+    token = _parser_is_wanted.set(True)
+    try:
+        main([])
+    except _Complete as complete:
+        return complete.parser
+    finally:
+        _parser_is_wanted.reset(token)
+    raise TypeError(f"{main.__module__}.{main.__qualname__} parses no arguments by a CommandParser")
 
 
 class _Numbers(argparse.Action):

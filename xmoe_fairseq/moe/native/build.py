@@ -82,6 +82,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Exit: 0 built, 1 not; the reason is on standard error."""
+    # not command_line.py's parser: the layer uses nothing of the package around it
     argparse.ArgumentParser(prog="xmoe native", description=__doc__.splitlines()[0]).parse_args(argv)
     try:
         print(build())
