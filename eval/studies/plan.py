@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {
     "study": ("title", "pairs", "methods", "seeds", "baseline", "set", "run", "calibrate"),
-    "pair": ("train", "valid", "test", "test_set", "vocab-size"),
+    "pair": ("train", "valid", "test", "test_set", "vocab-size", "methods"),
     "method": ("config", "set", "seeds", "title", "paper"),
 }
 # flags of run_pair.sh that a study may give to all cells; those of the data go to the preparation alone
@@ -30,6 +30,7 @@ class Pair:
 
     Attributes:
         name: ``de-en``, or with a word after a dot, ``de-en.30k``, where a study has several texts of a pair.
+        methods: names of the methods that are trained on it; None: all.
     """
 
     name: str
@@ -38,6 +39,11 @@ class Pair:
     test: str
     test_set: str
     data_flags: tuple[str, ...]
+    methods: tuple[str, ...] | None = None
+
+    def has(self, method: str) -> bool:
+        """True if the method is trained on this pair."""
+        return self.methods is None or method in self.methods
 
     @property
     def languages(self) -> str:
@@ -104,7 +110,7 @@ class Study:
             for turn in range(most)
             for pair in self.pairs
             for method in self.methods
-            if turn < len(method.seeds)
+            if turn < len(method.seeds) and pair.has(method.name)
         ]
 
     def data_command(self, pair: Pair, out: Path) -> list[str]:
@@ -152,14 +158,17 @@ def load_study(path: Path) -> Study:
     methods = tuple(
         _method(path, name, value, common, seeds) for name, value in _named(path, "methods", given["methods"]).items()
     )
-    baseline = given.get("baseline", methods[0].name)
-    if baseline not in [method.name for method in methods]:
-        raise ValueError(f"{path}: baseline {baseline!r} is none of the methods {', '.join(m.name for m in methods)}")
+    names = [method.name for method in methods]
+    baseline = given.get("baseline", names[0])
+    if baseline not in names:
+        raise ValueError(f"{path}: baseline {baseline!r} is none of the methods {', '.join(names)}")
     flags = given.get("run") or {}
     for flag in flags:
         if flag not in _DATA_FLAGS + _CELL_FLAGS:
             raise ValueError(f"{path}: run: {flag} is not one of {', '.join(_DATA_FLAGS + _CELL_FLAGS)}")
-    pairs = tuple(_pair(path, name, value, flags) for name, value in _named(path, "pairs", given["pairs"]).items())
+    pairs = tuple(
+        _pair(path, name, value, flags, names) for name, value in _named(path, "pairs", given["pairs"]).items()
+    )
     return Study(
         title=str(given.get("title", path.stem)),
         pairs=pairs,
@@ -185,15 +194,24 @@ def _named(path: Path, place: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _pair(path: Path, name: str, value: Any, flags: Mapping[str, Any]) -> Pair:
+def _pair(path: Path, name: str, value: Any, flags: Mapping[str, Any], methods: list[str]) -> Pair:
     given = _mapping(path, f"pair {name}", value, "pair")
     missing = [key for key in ("train", "valid", "test") if not given.get(key)]
     if missing:
         raise ValueError(f"{path}: pair {name}: {', '.join(missing)} missing: a prefix PREFIX of PREFIX.LANGUAGE files")
     texts = {key: str(Path(given[key]).absolute()) for key in ("train", "valid", "test")}
+    only = given.get("methods")
+    if only is not None and (not isinstance(only, list) or not only or set(only) - set(methods)):
+        raise ValueError(f"{path}: pair {name}: methods must be a list of {', '.join(methods)}, found {only!r}")
     own = {flag: given[flag] for flag in _DATA_FLAGS if flag in given}
     test_set = str(given.get("test_set", Path(given["test"]).name))
-    return Pair(name, **texts, test_set=test_set, data_flags=_flags({**flags, **own}, _DATA_FLAGS))
+    return Pair(
+        name,
+        **texts,
+        test_set=test_set,
+        data_flags=_flags({**flags, **own}, _DATA_FLAGS),
+        methods=None if only is None else tuple(only),
+    )
 
 
 def _method(path: Path, name: str, value: Any, common: tuple[str, ...], seeds: tuple[int, ...]) -> Method:
