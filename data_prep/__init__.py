@@ -1,1 +1,1 @@
-"""Raw parallel text -> checked -> clean -> subwords -> binary. Every module is a ``python -m`` command."""
+"""Raw parallel text -> checked -> clean -> subwords -> binary. The commands are in `xmoe prepare`."""

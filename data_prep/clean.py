@@ -1,10 +1,10 @@
-"""Mend and filter raw parallel text: streaming, several processes, bounded memory, a report by rule.
+"""Mend and filter raw parallel text as a stream, in several processes, and report what each rule dropped.
 
-A pair of lines is mended (entities, NFC, invisible characters, white space), then tested by the rules below
-in this order; the first rule that fails drops it. The output has the input's order and does not depend on
-``--workers``. Memory: a few chunks for each worker, and for duplicates 8 bytes for each kept pair (at most 24
-while the store merges; twice as much for --duplicates either), whatever the lines' length. Hashes of 64 bits
-lose a good pair by collision with a probability below 3e-5 in 30 million pairs.
+A pair of lines is mended (entities, NFC, invisible characters, white space), then tested by the rules of rules.py in
+their order; the first rule that fails drops it. The output has the input's order and does not depend on ``--workers``.
+Memory holds a few chunks for each worker, and for duplicates 8 bytes for each kept pair, whatever its length (at most
+24 while the store merges, and twice as much for --duplicates either). Hashes of 64 bits lose a good pair by collision
+with a probability below 3e-5 in 30 million pairs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") els
 
 
 def clean_chunk(source_block: bytes, target_block: bytes, settings: Settings) -> Chunk:
-    """Mend and test equally many lines of both sides; runs in a worker."""
+    """Mend and test equally many lines of both sides. A worker process runs this."""
     dropped: Counter[str] = Counter()
     mended: Counter[str] = Counter()
     lines: list[tuple[bytes, bytes]] = []
@@ -72,7 +72,7 @@ def read_chunks(source: BinaryIO, target: BinaryIO, names: tuple[Path, Path]) ->
 
 
 def ordered_map(blocks: Iterable[tuple[bytes, bytes]], settings: Settings, workers: int) -> Iterator[Chunk]:
-    """clean_chunk over all blocks in order, with at most 3 chunks a worker in flight."""
+    """Apply clean_chunk to all blocks, in order, with at most 3 chunks a worker in flight."""
     if workers == 1:
         yield from (clean_chunk(*block, settings) for block in blocks)
         return
@@ -89,9 +89,9 @@ def ordered_map(blocks: Iterable[tuple[bytes, bytes]], settings: Settings, worke
 def clean(
     source: Path, target: Path, out: Path, settings: Settings, *, workers: int, exclude: Sequence[Path]
 ) -> dict[str, Any]:
-    """Clean ``source`` and ``target`` into ``out.SRC`` and ``out.TGT``; both appear only when all went well.
+    """Clean ``source`` and ``target`` into ``out.SRC`` and ``out.TGT``, which appear only when both are complete.
 
-    Returns: the report: settings, line counts, what each rule dropped and each mend changed, seconds, sha256.
+    Returns: the report, with settings, line counts, what each rule dropped and each mend changed, seconds, sha256.
     Raises: DataError for missing or unequal files, or if no pair is left.
     """
     start, dropped, mended = time.perf_counter(), Counter(), Counter()  # type: ignore[var-annotated]

@@ -1,4 +1,4 @@
-"""GPT-2's byte-level subwords as ids, one line a line; fairseq-preprocess needs the dict.txt that belongs to them."""
+"""Encode text as the ids of GPT-2's byte-level subwords, line by line; their dict.txt is for fairseq-preprocess."""
 
 import multiprocessing
 import sys

@@ -1,4 +1,4 @@
-"""What tells languages apart: scripts, language identification, and lines in which nothing can be seen."""
+"""Tell languages apart by script and by language identification; find lines without a visible character."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ SCRIPTS = {
     "ja": "Han Hiragana Katakana", "ka": "Georgian", "ko": "Hangul", "th": "Thai", "zh": "Han",
 }  # fmt: skip
 _LETTER = regex.compile(r"\p{L}+")
-# Neither white space, format characters (U+200E), controls and marks without a base, nor letters that are empty by
-# design (Hangul fillers, Braille pattern blank).
+# Not visible are white space, format characters (U+200E), controls, marks without a base, and letters that are empty
+# by design (Hangul fillers, Braille pattern blank).
 _VISIBLE = regex.compile(r"[^\p{C}\p{Z}\p{M}\u115f\u1160\u2800\u3164\uffa0]")
 _LINES_A_BLOCK = 20
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of ``text`` can be seen."""
+    """True if ``text`` has no visible character."""
     return _VISIBLE.search(text) is None
 
 
@@ -40,7 +40,7 @@ def script_share(text: str, script: str) -> float:
 
 @functools.cache
 def language_identifier() -> Callable[[str], tuple[str, float]]:
-    """py3langid with probabilities over all its languages; loaded once for each process."""
+    """Load py3langid, once for each process; it gives probabilities over all its languages."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
@@ -52,10 +52,10 @@ def language_identifier() -> Callable[[str], tuple[str, float]]:
 
 
 def look_swapped(sides: Sequence[Sequence[str]], languages: Sequence[str]) -> bool:
-    """Whether each side of a sample of text is in the language of the other.
+    """True if each side of a sample of text is in the language of the other.
 
-    By script where the two differ in it; otherwise by identification of whole blocks of lines, which is sure where
-    single lines are not. False where the languages are unknown or there are no letters.
+    This compares scripts where those of the two languages differ, and otherwise identifies the language of blocks of
+    lines, because single lines are too short. False where the languages are unknown or there are no letters.
     """
     scripts = [SCRIPTS.get(language, "") for language in languages]
     texts = [" ".join(lines) for lines in sides]

@@ -1,7 +1,7 @@
-"""Check the lengths of binary data against what a model takes, before it is trained: what will be left out, and why.
+"""Check the lengths of binary data against what a model takes, before it is trained, and tell what will be left out.
 
 fairseq leaves out training pairs that exceed the model's positions or a batch, and validation pairs that exceed the
-positions; a validation pair that fits the positions but not a batch ends the training. Reads the index files only.
+positions. A validation pair that fits the positions but not a batch ends the training. Only index files are read.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from xmoe_fairseq.files import open_aside
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one split, in subwords with the end mark.
+    """Lengths of one split, in subwords with the end mark.
 
     Attributes:
         pairs: lines of each side.
         longest: of source and target.
-        left_out: pairs that the training, or the validation, does not see.
+        left_out: pairs that fairseq leaves out of training or validation.
     """
 
     pairs: int
@@ -40,14 +40,14 @@ def sizes(data: Path, split: str, pair: Sequence[str], side: int) -> np.ndarray:
     prefix = data / f"{split}.{'-'.join(pair)}.{pair[side]}"
     if not MMapIndexedDataset.exists(str(prefix)):
         raise DataError(f"{prefix}.idx: no such file; it is written by fairseq-preprocess")
-    dataset = MMapIndexedDataset(str(prefix))  # its memory goes with it, so it must outlive the copy
-    return np.array(dataset.sizes)
+    dataset = MMapIndexedDataset(str(prefix))
+    return np.array(dataset.sizes)  # a copy: ``sizes`` is a view of memory that the dataset unmaps when it goes
 
 
 def check_split(
     data: Path, split: str, pair: Sequence[str], limits: Sequence[int], max_tokens: int | None
 ) -> tuple[Lengths, list[str]]:
-    """Lengths of ``train`` or ``valid`` and the problems, in words, that would end the training.
+    """Measure ``train`` or ``valid``. Returns: its lengths, and messages for what would end the training.
 
     Args:
         limits: positions of source and target, end mark included.

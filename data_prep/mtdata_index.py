@@ -1,6 +1,6 @@
-"""Print address and size of corpora as mtdata's index has them; run by the interpreter of mtdata's own environment.
+"""Print address and size of corpora from mtdata's index; the interpreter of mtdata's own environment runs this.
 
-A line for each corpus on standard input: name, size, address, tab-separated. Exit: 0 done, 1 a name is unknown.
+Each name on standard input gives one line of name, size and address, tab-separated. Exit: 0 done, 1 a name is unknown.
 """
 
 import sys
@@ -10,7 +10,7 @@ from mtdata.index import INDEX
 
 
 def size_of(entry) -> str:  # type: ignore[no-untyped-def]
-    """Rows, where the index says so (Hugging Face data sets); most archives it knows by their address alone."""
+    """The number of rows where the index has it (Hugging Face data sets); of most archives it has the address alone."""
     rows = ((entry.meta or {}).get("datasetsServerInfo") or {}).get("numRows")
     return f"{rows} rows" if rows else "size not in the index"
 
@@ -30,4 +30,4 @@ def main() -> int:
     return 1 if unknown else 0
 
 
-sys.exit(main())  # no module of the project: nothing imports it
+sys.exit(main())  # mtdata's environment does not hold this project, so reports_errors is not there

@@ -1,4 +1,4 @@
-"""CLDR's and num2words' forms in one language: measures, rates, amounts, percentages, numbers in words."""
+"""Render measures, rates, amounts, percentages and numbers in one language, by CLDR and num2words."""
 
 import re
 import unicodedata
@@ -36,7 +36,7 @@ _BIDI_MARKS = re.compile(r"[\u200e\u200f\u061c]")
 
 
 def plain(text: str) -> str:
-    """NFC, single plain spaces, no bidirectional marks."""
+    """``text`` in NFC, with single plain spaces and without bidirectional marks."""
     return _SPACES.sub(" ", _BIDI_MARKS.sub("", unicodedata.normalize("NFC", text))).strip()
 
 
@@ -44,7 +44,7 @@ def format_measure(number: float, style: str, locale: Locale) -> str:
     """``style`` is UNIT/LENGTH, for instance ``length-meter/long``."""
     unit, length = cast(tuple[str, Any], style.split("/"))
     text = units.format_unit(number, unit, length=length, locale=locale)
-    if unit in text:  # the bare identifier: this locale has one length only (Chinese), called short
+    if unit in text:  # Babel returned the identifier: this locale (Chinese) has one length only, called short
         text = units.format_unit(number, unit, length="short", locale=locale)
     return str(text)
 
@@ -61,7 +61,7 @@ def format_rate(number: float, rate: str, locale: Locale) -> str:
 
 
 def format_amount(number: float, code: str, locale: Locale) -> str:
-    """Currency by name; no ".00", for which Babel would take the plural form of the whole number."""
+    """An amount with the currency's name; ".00" is left out because Babel would take the whole number's plural form."""
     return numbers.format_currency(
         number, code, format="#,##0.##", format_type="name", currency_digits=False, locale=locale
     )

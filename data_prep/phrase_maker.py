@@ -1,4 +1,4 @@
-"""Phrases in two languages, from CLDR and num2words: dates, times, measures, amounts, names and numbers."""
+"""Make phrases in two languages from CLDR and num2words: dates, times, measures, amounts, names and numbers."""
 
 import datetime as dt
 import random
@@ -32,7 +32,7 @@ Render = Callable[[Locale, Any], str]
 
 @dataclass(frozen=True)
 class PhraseMaker:
-    """Makes phrases of one language pair; the closed lists hold only what both languages have."""
+    """Makes phrases of one language pair. Its lists hold only what both languages have."""
 
     source: Locale
     target: Locale
@@ -117,7 +117,7 @@ class PhraseMaker:
         return self.same_in_both(rng, ("name",), lambda locale, _: format_amount(number, code, locale))
 
     def compact_number(self, rng: random.Random) -> Phrase:
-        number = rng.randrange(11, 100) * 10 ** rng.randrange(3, 10)  # two digits: no language has to round
+        number = rng.randrange(11, 100) * 10 ** rng.randrange(3, 10)  # two digits, so that no language has to round
 
         def render(locale: Locale, style: Any) -> str:
             style = style if style in locale.compact_decimal_formats else "short"  # Chinese has one style only
@@ -145,12 +145,12 @@ class PhraseMaker:
         return self.same_in_both(rng, ("cardinal", "ordinal"), lambda locale, style: spell(number, style, locale))
 
     def spelled_year(self, rng: random.Random) -> Phrase:
-        # cardinal first: where a year reads like a number (Ukrainian), the number's target holds everywhere
+        # where a year reads like a number (Ukrainian), the first style, cardinal, gives the target
         year = rng.randrange(1100, 2100)
         return self.same_in_both(rng, ("cardinal", "year"), lambda locale, style: spell(year, style, locale))
 
     def item(self, rng: random.Random) -> Phrase:
-        """One random phrase, clean on both sides."""
+        """One random phrase, both sides as of `plain`."""
         kinds = [kind for kind, _ in _WEIGHTS if self.spells_numbers or not kind.startswith("spelled")]
         weights = [weight for kind, weight in _WEIGHTS if kind in kinds]
         source, target = getattr(self, rng.choices(kinds, weights)[0])(rng)
@@ -188,12 +188,12 @@ def random_day(rng: random.Random) -> dt.date:
 
 
 def random_number(rng: random.Random) -> float:
-    """Mostly small whole numbers, so that every plural form of every unit is seen."""
+    """A random number, mostly small and whole, so that every plural form of every unit occurs."""
     return rng.choice((rng.randrange(1, 10), rng.randrange(1, 100), rng.randrange(1, 1000), rng.randrange(1, 99) / 10))
 
 
 def unambiguous(keys: Sequence[str], show: Callable[[str], tuple[str, ...]]) -> tuple[str, ...]:
-    """Keep the keys none of whose source forms an earlier key has: the source must determine the target."""
+    """The keys whose source forms no earlier key has, so that the source determines the target."""
     seen: set[str] = set()
     kept = []
     for key in keys:
@@ -224,7 +224,7 @@ def shared_names(source: Locale, target: Locale) -> tuple[Phrase, ...]:
 
 
 def phrase_maker(source_code: str) -> PhraseMaker:
-    """Look up once what the two languages share."""
+    """A PhraseMaker for ``source_code`` and English, with what the two languages share."""
     source, target = Locale.parse(source_code), Locale.parse("en")
 
     def show_measure(style: str) -> tuple[str, ...]:
@@ -233,7 +233,7 @@ def phrase_maker(source_code: str) -> PhraseMaker:
     def show_amount(code: str) -> tuple[str, ...]:
         return tuple(plain(format_amount(number, code, source)) for number in (1, 2, 5, 1.5))
 
-    def is_known(style: str) -> bool:  # Babel shows the bare identifier of a unit it has no pattern for
+    def is_known(style: str) -> bool:  # Babel returns the identifier of a unit for which it has no pattern
         return not any(style.split("/")[0] in format_measure(1, style, locale) for locale in (source, target))
 
     rates = [f"{unit}/{per}" for unit in RATE_UNITS for per in PER_UNITS]
@@ -254,7 +254,7 @@ def phrase_maker(source_code: str) -> PhraseMaker:
 
 
 def _spoken_in(languages: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Language and country of the locales CLDR has data for, so that the combinations are real."""
+    """Language and country of the locales for which CLDR has data, so that the combinations exist."""
     for identifier in sorted(locale_identifiers()):
         language, _, country = identifier.partition("_")
         if language in languages and re.fullmatch("[A-Z]{2}", country):

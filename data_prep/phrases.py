@@ -1,4 +1,4 @@
-"""The demo corpus: real-language phrases with a known translation, made on the spot, no download.
+"""Make the demo's corpus: phrases of real languages with a known translation, without a download.
 
 CLDR (by Babel) gives the same date, time, span, unit, amount, country or language in both languages,
 num2words spells numbers out. Phrases are joined by the list patterns of CLDR ("A, B, and C") or as
@@ -6,8 +6,8 @@ num2words spells numbers out. Phrases are joined by the list patterns of CLDR ("
 
 - The source determines the target: where two styles look alike in the source language, the first one
   gives the target. No line occurs twice on either side, in one split or across splits.
-- Exotic spaces become U+0020 and bidirectional marks go: they are typography, not translation.
-- num2words has no Chinese, and Babel does not carry CLDR's spell-out rules: zh-en has no spelled-out numbers.
+- Other spaces become U+0020 and bidirectional marks are removed, since they are typography.
+- zh-en has no spelled-out numbers: num2words has no Chinese, and Babel lacks CLDR's spell-out rules.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from xmoe_fairseq.files import open_aside, sha256_of
 
 PINNED = {"babel": "2.18.0", "num2words": "0.5.14"}
 MIN_WORDS, MAX_WORDS = 3, 20  # of the English side
-MAX_MISSES = 20_000  # candidates in a row that were no new line before we give up
+MAX_MISSES = 20_000  # candidates in a row that are no new line before make_corpus gives up
 
 
 def make_corpus(source_code: str, sizes: dict[str, int], seed: int) -> dict[str, list[Phrase]]:
-    """Make the splits in the order of ``sizes``; equal for equal arguments and pinned versions.
+    """Make the splits in the order of ``sizes``; equal arguments and pinned versions give equal splits.
 
     Raises: DataError if no new line could be found for a long time.
     """
@@ -59,12 +59,12 @@ def make_corpus(source_code: str, sizes: dict[str, int], seed: int) -> dict[str,
 
 
 def is_usable(target: str) -> bool:
-    """3 to 20 words, and nothing that a subword model's NFKC would change (a raised 2, an ellipsis)."""
+    """True if ``target`` has 3 to 20 words and nothing that a subword model's NFKC would change (a raised 2)."""
     return MIN_WORDS <= len(target.split()) <= MAX_WORDS and unicodedata.normalize("NFKC", target) == target
 
 
 def write_corpus(folder: Path, source_code: str, splits: dict[str, list[Phrase]]) -> list[Path]:
-    """Write ``folder/SPLIT.SRC`` and ``folder/SPLIT.en``, all or none."""
+    """Write ``folder/SPLIT.SRC`` and ``folder/SPLIT.en`` of all splits, or none on failure."""
     paths = [folder / f"{split}.{language}" for split in splits for language in (source_code, "en")]
     with open_aside(paths) as files:
         for index, lines in enumerate(splits.values()):
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"phrases: warning: {package} {found}, not {pinned}: another corpus than the pinned one",
                 file=sys.stderr,
             )
-    # test and valid first: they stay the same when only --train changes
+    # test and valid come first, so that they stay the same when only --train changes
     splits = make_corpus(args.pair, {"test": args.test, "valid": args.valid, "train": args.train}, args.seed)
     for path in write_corpus(args.out, args.pair, splits):
         print(f"{path}: {path.read_bytes().count(10)} lines, sha256 {sha256_of(path)[:16]}")

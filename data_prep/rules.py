@@ -1,4 +1,4 @@
-"""What `xmoe prepare clean` mends in a pair of lines, and the rules that drop one."""
+"""The mends and the rules of `xmoe prepare clean`: what is changed in a pair of lines, and what drops it."""
 
 import html
 import re
@@ -23,9 +23,9 @@ RULES = {
     "held_out": "a side occurs in a text given by --exclude",
     "duplicate": "the pair (or, by --duplicates, a side) occurred before",
 }
-ALWAYS = ("encoding", "empty")  # nothing downstream can work without these two
+ALWAYS = ("encoding", "empty")  # later steps cannot work without these two
 MENDS = ("entities", "nfc", "invisible", "white_space")
-NO_SPACES = ("ja", "th", "zh")  # no words to count without a segmenter
+NO_SPACES = ("ja", "th", "zh")  # languages whose words cannot be counted without a segmenter
 # Characters for one English character, measured on FLORES-200 dev; 1 for other languages.
 CHARS_PER_ENGLISH = {"zh": 0.34, "ja": 0.42, "ko": 0.5, "he": 0.8, "ar": 0.87}
 
@@ -35,7 +35,7 @@ _BAD = regex.compile(r"[\p{Cc}\p{Co}\p{Cs}\p{Cn}\ufffd]")
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides about a pair; the report repeats it."""
+    """Everything that decides whether a pair is kept; the report repeats it."""
 
     source: str
     target: str
@@ -72,9 +72,9 @@ def mend(text: str, counts: Counter[str]) -> str:
 
 
 def length_ratio(source: str, target: str, source_language: str, target_language: str) -> float:
-    """How many times longer one side is than expected of the other, at least 1.
+    """How many times longer one side is than the other makes expect, at least 1.
 
-    In characters, brought to English by CHARS_PER_ENGLISH; 10 more on each side, so that short lines pass.
+    Lengths are characters divided by CHARS_PER_ENGLISH, plus 10 on each side so that short lines pass.
     """
     ours = len(source) / CHARS_PER_ENGLISH.get(source_language, 1.0) + 10
     theirs = len(target) / CHARS_PER_ENGLISH.get(target_language, 1.0) + 10
@@ -82,7 +82,7 @@ def length_ratio(source: str, target: str, source_language: str, target_language
 
 
 def failed_rule(source: str, target: str, settings: Settings) -> str | None:
-    """The first rule, of those that need no memory of other lines, that a mended pair fails."""
+    """The first rule that a mended pair fails, of the rules that look at this pair alone."""
     sides = (
         (source, settings.source, settings.source_script),
         (target, settings.target, settings.target_script),

@@ -1,7 +1,7 @@
-"""Take N pairs of lines of parallel text, chosen evenly at random by a seed, in their order.
+"""Draw N pairs of lines of parallel text at random by a seed, and keep their order.
 
-Every set of N pairs is equally likely, and the same seed gives the same pairs on any machine. Reads the text twice
-(once to count); memory is a few thousand lines. A text of at most N pairs is copied whole.
+Every set of N pairs is equally likely, and the same seed gives the same pairs on any machine. The text is read twice,
+once to count; memory holds a few thousand lines. A text of at most N pairs is copied whole.
 """
 
 import argparse
@@ -28,10 +28,10 @@ def count_lines(path: Path) -> int:
 
 
 def chosen_in_chunks(total: int, wanted: int, seed: int) -> Iterator[np.ndarray]:
-    """For each CHUNK_LINES lines of ``total``: which of them are among the ``wanted`` ones (bool).
+    """Yield a bool array for each CHUNK_LINES lines of ``total``: True for the lines that are drawn, ``wanted`` in all.
 
-    How many fall into a chunk is a hypergeometric draw, which of its lines a choice without repeats: together a
-    uniform sample without holding ``total`` numbers.
+    The number of lines from a chunk is a hypergeometric draw, and its lines are a choice without repeats. Together
+    they are a uniform sample that never holds ``total`` numbers.
     """
     random = np.random.default_rng(seed)
     for start in range(0, total, CHUNK_LINES):
@@ -45,7 +45,7 @@ def chosen_in_chunks(total: int, wanted: int, seed: int) -> Iterator[np.ndarray]
 
 
 def sample(paths: Sequence[Path], outputs: Sequence[Path], max_pairs: int, seed: int) -> dict[str, Any]:
-    """Write the sample of both sides; both files appear only when all went well.
+    """Write the sample of both sides; the files appear only when both are complete.
 
     Returns: the report. Raises: DataError for missing, empty or unequal files.
     """

@@ -1,4 +1,4 @@
-"""Which pairs of lines were seen before: hashes of 64 bits in sorted stores, for text of any length."""
+"""Remember which pairs of lines occurred before, by hashes of 64 bits in sorted arrays, for text of any length."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ HASH_BYTES = 8
 
 @dataclass
 class Chunk:
-    """What a worker hands back: kept lines, the hashes of both sides (uint64, kept x 2), counts by name."""
+    """The result of a worker: kept lines, hashes of both sides (uint64, kept x 2), counts by name."""
 
     lines: list[tuple[bytes, bytes]]
     hashes: np.ndarray
@@ -25,18 +25,18 @@ class Chunk:
 
 
 def side_hash(side: int, text: bytes) -> bytes:
-    """8 bytes; the same text hashes apart on the two sides."""
+    """A hash of 8 bytes, which differs between the two sides for the same text."""
     return hashlib.blake2b(text, digest_size=HASH_BYTES, person=b"%d" % side).digest()
 
 
 class SeenHashes:
-    """A growing set of 64-bit hashes in a few sorted arrays: 8 bytes each, at most 24 while two merge."""
+    """A growing set of 64-bit hashes in a few sorted arrays; each takes 8 bytes, at most 24 while two arrays merge."""
 
     def __init__(self) -> None:
         self._sorted: list[np.ndarray] = []
 
     def contains(self, hashes: np.ndarray) -> np.ndarray:
-        """Bool for each of ``hashes`` (uint64): was it added before?"""
+        """A bool for each of ``hashes`` (uint64): True if it was added before."""
         found = np.zeros(len(hashes), dtype=bool)
         for known in self._sorted:
             place = np.searchsorted(known, hashes)
@@ -44,7 +44,7 @@ class SeenHashes:
         return found
 
     def add(self, hashes: np.ndarray) -> None:
-        """Add new hashes; arrays of like size merge, so there are only about log2(n) of them."""
+        """Add new hashes. Arrays of like size merge, so that about log2(n) arrays are left."""
         if len(hashes):
             self._sorted.append(np.sort(hashes))
         while len(self._sorted) > 1 and len(self._sorted[-2]) <= 2 * len(self._sorted[-1]):
@@ -52,7 +52,7 @@ class SeenHashes:
 
 
 class Memory:
-    """The two rules that look at other lines; used by the main process alone, in the input's order."""
+    """The two rules that look at other lines. The main process applies them, in the input's order."""
 
     def __init__(self, settings: Settings, exclude: Sequence[Path]) -> None:
         self._columns = _duplicate_columns(settings)
@@ -63,7 +63,7 @@ class Memory:
                 self._held_out[side].add(hashes_of_file(Path(f"{prefix}.{language}"), side))
 
     def keep(self, chunk: Chunk) -> np.ndarray:
-        """Bool for each kept line of the chunk; counts what the two rules drop."""
+        """A bool for each line of the chunk: True if both rules keep it. Counts what they drop."""
         held_out = self._held_out[0].contains(chunk.hashes[:, 0]) | self._held_out[1].contains(chunk.hashes[:, 1])
         chunk.dropped["held_out"] += int(held_out.sum())
         duplicate = np.zeros(len(held_out), dtype=bool)
@@ -71,7 +71,7 @@ class Memory:
         for key, seen in zip(keys, self._seen, strict=True):
             duplicate |= seen.contains(key)
         kept = ~held_out & ~duplicate
-        # within the chunk: keep a line only if none of its keys belongs to an earlier kept line
+        # within the chunk a line is kept only if none of its keys belongs to an earlier kept line
         own: list[set[int]] = [set() for _ in keys]
         for row in np.flatnonzero(kept) if keys else ():
             values = [int(key[row]) for key in keys]

@@ -1,12 +1,11 @@
 """Encode and decode lines with the subwords of a folder (see `subword_models`).
 
-- White space: every run of Unicode white space is one space before encoding, as before learning, because fairseq
-  splits its input at any of them. One line in is one line out, an empty one too.
-- Round trip: decode(encode(x)) is x as the model normalises it (nmt_nfkc by default: compatibility forms
-  such as a raised 2 or a full-width comma become plain ones; ``--normalization identity`` leaves them).
-  Characters the model never saw become <unk> in fairseq, unless it was learned with ``--byte-fallback``.
-- subword-nmt works on words between spaces, so it suits spaced languages; a word that itself ends in @@ is
-  not restored.
+- Every run of Unicode white space becomes one space before learning and encoding, because fairseq splits its input at
+  any of them. Every line, also an empty one, gives one line.
+- decode(encode(x)) is x as the model normalises it. By default (nmt_nfkc) compatibility forms such as a raised 2 or a
+  full-width comma become plain ones; ``--normalization identity`` leaves them. Characters that the model never saw
+  become <unk> in fairseq, unless it was learned with ``--byte-fallback``.
+- subword-nmt cuts words at spaces, so it suits languages that write them. It does not restore a word that ends in @@.
 """
 
 import io
@@ -29,7 +28,7 @@ class Coder:
 
     Args:
         folder: made by ``learn``.
-        threads: of sentencepiece; subword-nmt uses one.
+        threads: used by sentencepiece; subword-nmt uses one.
     Raises: DataError if the folder has no subwords for the language.
     """
 
@@ -78,7 +77,7 @@ def transform(code: Callable[[Sequence[str]], list[str]], source: BinaryIO, sink
 
 
 class Cutter:
-    """Encodes as ``code`` does and keeps the first ``max_length`` subwords of a line; counts lines and cuts."""
+    """Encodes as ``code`` does, keeps the first ``max_length`` subwords of a line, and counts lines and cuts."""
 
     def __init__(self, code: Callable[[Sequence[str]], list[str]], max_length: int) -> None:
         self._code, self.max_length = code, max_length
@@ -92,5 +91,5 @@ class Cutter:
         return [" ".join(pieces[: self.max_length]) for pieces in encoded]
 
     def report(self) -> dict[str, int]:
-        """What it did, in subwords."""
+        """Lines, longest line in subwords, limit and number of cut lines."""
         return {"lines": self.lines, "longest": self.longest, "max_length": self.max_length, "cut": self.cut}

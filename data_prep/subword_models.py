@@ -1,4 +1,4 @@
-"""Subword models: how a folder of them is laid out, and how it is learned from training text.
+"""Learn subword models and fairseq dictionaries from training text, into one folder.
 
 A folder of subwords holds ``subwords.json`` (the settings) and, for each of ``joint`` or the two languages,
 a model (``NAME.model`` of sentencepiece, ``NAME.codes`` of subword-nmt) and a fairseq dictionary
@@ -23,7 +23,7 @@ from xmoe_fairseq.files import open_aside
 
 SETTINGS = "subwords.json"
 FAIRSEQ_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-# Only the order matters to fairseq, and --srcdict takes the order of the file; its own recipes write 100 too.
+# fairseq uses only the order of a dictionary, which --srcdict takes from the file; its own recipes write 100 too.
 COUNT = 100
 MAX_LINE_BYTES = 16_384  # sentencepiece leaves longer lines out when learning
 
@@ -51,7 +51,7 @@ class Settings:
     normalization: str = "nmt_nfkc"
 
     def name_for(self, language: str | None) -> str:
-        """The model's name for a language; joint subwords need none. Raises: DataError if it is not known."""
+        """The name of a language's model; joint subwords need no language. Raises: DataError for an unknown one."""
         allowed = (self.source, self.target, *([None] if self.joint else []))
         if language not in allowed:
             raise DataError(f"--language {language}: these subwords want {self.source} or {self.target}")
@@ -75,7 +75,7 @@ def load_settings(folder: Path) -> Settings:
 
 
 def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path]:
-    """Learn and write models, dictionaries and settings: all, or nothing on failure.
+    """Learn and write models, dictionaries and settings; on failure nothing is written.
 
     Args:
         inputs: training text of the source and of the target language.
@@ -103,7 +103,7 @@ def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path
 
 
 def sampled_lines(path: Path, max_lines: int) -> Iterator[str]:
-    """All lines, or ``max_lines`` of them evenly spaced: no random numbers, the same on every machine."""
+    """All lines, or ``max_lines`` of them evenly spaced, which are the same on every machine."""
     total = count_lines(path) if max_lines else 0
     with path.open("rb") as file:
         for number, raw in enumerate(read_lines(file)):
@@ -125,9 +125,9 @@ def tidy(raw: bytes) -> str:
 
 
 def learn_sentencepiece(lines: Iterator[str], languages: Sequence[str], settings: Settings) -> bytes:
-    """Learn a BPE model; equal bytes for equal text and settings. Returns: the serialised model.
+    """Learn a BPE model; equal text and settings give equal bytes. Returns: the serialised model.
 
-    num_threads stays at sentencepiece's default: the model file notes it, another number gives other bytes.
+    num_threads stays at sentencepiece's default, because the model file holds it and another number gives other bytes.
     """
     coverage = settings.character_coverage
     if coverage is None:
@@ -152,7 +152,7 @@ def learn_sentencepiece(lines: Iterator[str], languages: Sequence[str], settings
 
 
 def vocabulary_problem(size: int, languages: Sequence[str], message: str) -> str:
-    """Say what sentencepiece's failed check means."""
+    """The error message for a vocabulary size that sentencepiece refuses."""
     where = f"--vocab-size {size} for {'+'.join(languages)}"
     if match := re.search(r"set it to a value <= (\d+)", message):
         return f"{where}: the text yields at most {match[1]}; give {match[1]} or less, or more text"
@@ -187,13 +187,13 @@ def learn_subword_nmt(lines: Iterator[str], languages: Sequence[str], settings: 
 
 
 def dictionary_text(tokens: Sequence[tuple[str, int]]) -> str:
-    """fairseq's dictionary format. A token that looks like one of fairseq's own gets another index."""
+    """The tokens in fairseq's dictionary format; one that is spelled like a special token of fairseq is marked."""
     mark = dict.fromkeys(FAIRSEQ_SPECIALS, " #fairseq:overwrite")
     return "".join(f"{token} {count}{mark.get(token, '')}\n" for token, count in tokens)
 
 
 def sentencepiece_dictionary(model: bytes) -> bytes:
-    """All pieces that encoding can yield, in the model's order; fairseq adds its special ones itself."""
+    """A dictionary of all pieces that encoding can yield, in the model's order; fairseq adds its special tokens."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = [i for i in range(len(processor)) if not processor.is_control(i) and not processor.is_unknown(i)]
     return dictionary_text([(processor.id_to_piece(i), COUNT) for i in ids]).encode()

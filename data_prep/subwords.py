@@ -1,4 +1,4 @@
-"""Subwords: learn them, encode and decode streams with them, print their fairseq dictionaries."""
+"""Learn subwords, encode and decode streams with them, and print their fairseq dictionaries."""
 
 import argparse
 import json
@@ -103,7 +103,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def run_code(args: argparse.Namespace) -> int:
-    """encode or decode."""
+    """Run ``encode`` or ``decode``."""
     coder = Coder(args.subwords, args.language, threads=args.workers)
     code = coder.encode if args.command == "encode" else coder.decode
     cutter = Cutter(code, args.max_length) if args.max_length else None

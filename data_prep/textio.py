@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 class DataError(ValueError):
-    """A problem with the user's data or files; its text is all the user needs."""
+    """A problem with the user's data or files; its message names the way out."""
 
 
 def language_pair(text: str) -> tuple[str, str]:
@@ -22,7 +22,7 @@ def language_pair(text: str) -> tuple[str, str]:
 
 
 def split_lines(block: bytes) -> list[bytes]:
-    """Split at LF only (never at U+2028, VT or the like, as ``splitlines`` would); no empty last line."""
+    """Split at LF only, not at U+2028, VT and others as ``splitlines`` does, and drop an empty last line."""
     lines = block.split(b"\n")
     if not lines[-1]:
         lines.pop()

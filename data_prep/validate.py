@@ -1,7 +1,7 @@
-"""Check raw parallel text PREFIX.SRC and PREFIX.TGT before anything is built on it; changes nothing.
+"""Check raw parallel text PREFIX.SRC and PREFIX.TGT before it is used; change nothing.
 
 Each problem names file, line, value, what is allowed and the way out. Held-out text is checked like the rest, and its
-pairs that the other text repeats are counted. Memory: one line of each side, and the held-out lines.
+pairs that the other text repeats are counted. Memory holds one line of each side and the held-out lines.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from xmoe_fairseq.files import open_aside
 MAX_LISTED = 10
 # The first lines of each side tell whether the sides are swapped.
 SAMPLE_LINES = 400
-# More repeated pairs than this share of a held-out text are a mistake, not chance.
+# A larger share of repeated pairs in a held-out text is an error, a smaller one a warning.
 MAX_OVERLAP = 0.5
 # Characters at which str.splitlines, and tools built on it, break a line that is one line to fairseq.
 _LINE_BREAKERS = {
@@ -43,7 +43,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass
 class Report:
-    """What one prefix holds.
+    """Lines and problems of one prefix.
 
     Attributes:
         lines: pairs of lines read; the smaller of the two counts if they differ.
@@ -113,7 +113,7 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
 
 @dataclass
 class Overlap:
-    """How much of a held-out text occurs in other text: lines, and pairs and source lines of it found there."""
+    """Lines of a held-out text, and how many of its pairs and source lines occur in other text."""
 
     lines: int
     pairs: int
@@ -121,7 +121,7 @@ class Overlap:
 
 
 def overlaps(prefixes: Sequence[str], held_out: Sequence[str], source: str, target: str) -> dict[str, Overlap]:
-    """For each held-out text: how many of its lines ``prefixes`` hold too, white space at the ends aside."""
+    """How many lines of each held-out text occur in ``prefixes``, without regard to white space at the ends."""
     wanted = {pair for prefix in held_out for pair in _pairs(prefix, source, target)}
     wanted_sources = {pair[0] for pair in wanted}
     found, found_sources = set[tuple[bytes, bytes]](), set[bytes]()
@@ -147,7 +147,7 @@ def _pairs(prefix: str, source: str, target: str) -> Iterator[tuple[bytes, bytes
 
 
 def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
-    """A missing or empty file."""
+    """Yield a problem if the file is missing or empty."""
     if not path.is_file():
         pattern = Path(prefix).name + "."
         folder = path.parent
@@ -162,7 +162,7 @@ def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
 def check_line(
     report: Report, path: Path, number: int, raw: bytes, max_chars: int, mend: str, crlf_told: set[Path]
 ) -> None:
-    """Add the problems of one line; Windows line ends are told once a file."""
+    """Add the problems of one line; Windows line ends are reported once a file."""
     where = f"{path}:{number}"
     if number == 1 and raw.startswith(_BOM):
         report.add(f"{where}: begins with a byte order mark (EF BB BF); plain UTF-8 is needed; mended by: {mend}")
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell_overlaps(args: argparse.Namespace) -> bool:
-    """Print and write what `overlaps` finds. Returns: whether it is little enough."""
+    """Print and write the overlaps. Returns: True if none is above MAX_OVERLAP."""
     found = overlaps(args.prefixes, args.held_out, *args.pair)
     if args.json:
         content = {"held_out": [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()]}

@@ -1,1 +1,1 @@
-"""The evaluation half of the pipeline (see docs/evaluation.md): commands here, what they use in the folders below."""
+"""Evaluation (see docs/evaluation.md): commands are here, and what they use is in the folders below."""

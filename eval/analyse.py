@@ -2,10 +2,10 @@
 
 xmoe analyse --checkpoint FILE --data DIR --user-dir xmoe_fairseq --out analysis.json
 
-Runs real forward passes with teacher forcing and counts what the routing plans say: load, dead experts, experts
-by kind, frequency and place of a token, agreement of layers, similarity of experts, positive hidden units. With
---subwords it also translates, for the routing explorer and for BLEU. Then it lowers the threshold and the
-capacity. xmoe report draws the page; docs/reading-a-routing.md explains every figure and the JSON.
+This runs forward passes with teacher forcing and counts from their routing plans: load, dead experts, experts by kind,
+frequency and place of a token, agreement of layers, similarity of experts, positive hidden units. With --subwords it
+also translates, for the routing explorer and for BLEU. Then it repeats the passes at lower thresholds and capacities.
+`xmoe report` draws the page, and docs/reading-a-routing.md explains every figure and the JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFAULT_THRESHOLDS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 def analyse(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything the command line asks for. Raises: ValueError or FileNotFoundError for what a user can mend."""
+    """Compute everything that the command line asks for. Raises: ValueError, FileNotFoundError."""
     history = read_history(args.training_log) if args.training_log else None
     loaded = load(
         args.checkpoint,
@@ -77,7 +77,7 @@ def _corpus(args: argparse.Namespace, loaded: Loaded) -> corpora.Corpus:
 
 
 def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) -> tuple[Any, dict[int, str]]:
-    """A beam search and the references, or None where nothing is to be translated."""
+    """A beam search and the references, or None if no translation is asked for."""
     if not args.subwords or not loaded.is_translation:
         return None, {}
     search = translation.Search(loaded, args.subwords, beam=args.beam, max_tokens=args.max_tokens)
@@ -91,10 +91,10 @@ def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) ->
 
 
 def _points(args: argparse.Namespace, loaded: Loaded) -> dict[str, list[dict[str, Any]]]:
-    """Sweep -> the settings of its points; capacity None, where nothing is dropped, comes last."""
+    """Name of a sweep -> the settings of its points; capacity None, which drops nothing, comes last."""
     layers = moe_layers(loaded.model)
     if not layers or any(layer.config.merge_experts for layer in layers.values()):
-        return {}  # nothing is ever dropped where experts are merged
+        return {}  # merged experts drop nothing
     given = [value for value in args.eval_capacity_factors if value is not None]
     points = {"capacity": [{"eval_capacity_factor": value} for value in (*given, None)]}
     if all(layer.config.router == "threshold" for layer in layers.values()):
@@ -107,7 +107,7 @@ def _num_points(args: argparse.Namespace, loaded: Loaded) -> int:
 
 
 def _sweeps(args: Any, loaded: Loaded, corpus: Any, search: Any, references: Any, bar: Any) -> dict[str, Any]:
-    """Quality against counted FLOPs: each point is a pass over the same sentences with other settings."""
+    """Measure quality against counted FLOPs; each point is a pass over the same sentences with other settings."""
     indices, spoken = corpus.evenly(args.sweep_sentences), corpus.evenly(args.translate)
     language = getattr(loaded.task.cfg, "target_lang", None)
     result: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def _translated(search: Any, corpus: Any, indices: np.ndarray, references: Any, 
 
 
 def _checkpoint_point(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    """Loss and routing of one more checkpoint: for Fig 5 along a training, for Fig 7 across thresholds."""
+    """Loss and routing of one more checkpoint, for Fig 5 along a training or Fig 7 across thresholds."""
     loaded = load(path, data=args.data, user_dir=args.user_dir, device=args.device)
     corpus = _corpus(args, loaded)
     described = describe(loaded)
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     _check(args)
     result = analyse(args)
-    # one line: indented, the matrices would be ten times as long
+    # one line, because indented matrices would be ten times as long
     files.write_text(args.out, json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
     for problem in result["problems"]:
         print(f"analyse: look at this: {problem}", file=sys.stderr)

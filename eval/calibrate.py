@@ -1,10 +1,10 @@
-"""Give a trained XMoE model its price: the threshold and the limit of experts per token to run it with.
+"""Choose the threshold and the limit of experts per token that bring a trained XMoE model to a given cost or loss.
 
 xmoe calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --budget 1.0
 xmoe calibrate --data DATA_BIN --checkpoint averaged.pt --out calibrated.pt --max-loss 0.01
 
---out gets a copy of the checkpoint with the setting inside, so every command uses it without flags. A token takes as
-many experts as it needs, as before, and nothing depends on the batch.
+--out gets a copy of the checkpoint that holds the setting, so that every command uses it without flags. Each token
+still takes as many experts as it needs, and its routing does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_e
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = command_parser("calibrate", f"{__doc__}\nExit: 0 done, 1 failed, 2 bad arguments.")
     parser.flag("--data", required=True)
     parser.flag("--checkpoint", required=True, help="a model with moe_router threshold")
@@ -64,7 +64,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def choose(calibration: Calibration, args: argparse.Namespace) -> Point:
-    """The setting that the command line asks for. Raises: ValueError where there is none."""
+    """Search the setting that the command line asks for. Raises: ValueError if there is none."""
     if args.budget is None:
         point = calibration.cheapest(args.max_loss)
         if not args.per_layer:
@@ -75,7 +75,7 @@ def choose(calibration: Calibration, args: argparse.Namespace) -> Point:
 
 
 def check(loaded: Loaded, split: str, settings: Sequence[Point], max_tokens: int) -> dict[str, Any]:
-    """Loss and FLOPs of settings on another split, without choosing anything."""
+    """Measure loss and FLOPs of settings on another split."""
     calibration = Calibration(loaded, binarised(loaded, split), max_tokens=max_tokens)
     before, after = (_figures(calibration.measure(point.setting)) for point in settings)
     return {"subset": split, "before": before, "after": after}
@@ -88,7 +88,7 @@ def _figures(point: Point) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose, write the copy, return the report. Raises: ValueError, OSError."""
+    """Choose a setting, write the copy and return the report. Raises: ValueError, OSError."""
     for path in (args.out, args.report):
         if path is not None:
             files.check_writable(path)
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Before and after, with the experts of each layer."""
+    """A table of the model before and after, with the experts of each layer."""
     shown = {report["subset"]: report, **({report["check"]["subset"]: report["check"]} if "check" in report else {})}
     rows = []
     for subset, part in shown.items():
@@ -147,7 +147,7 @@ def table(report: dict[str, Any]) -> str:
 @reports_errors("calibrate")
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs each step of loading
     try:
         report = run(args)
     except NothingToCalibrateError as error:

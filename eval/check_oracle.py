@@ -1,10 +1,9 @@
-"""Does our scorer reproduce published scores? Compares with a table of WMT22 systems, to 1e-6.
+"""Check that the scorer reproduces the published scores of WMT22 systems, to 1e-6.
 
 xmoe oracle --folder DIR [--references DIR]
 
-DIR holds published.tsv (columns pair, system, bleu_published, chrf_published) and the outputs
-PAIR.SYSTEM.TGT; the references are wmt22.PAIR.TGT in --references (default: DIR/../../tests). Without DIR
-the check is skipped.
+DIR holds published.tsv (columns pair, system, bleu_published, chrf_published) and the outputs PAIR.SYSTEM.TGT. The
+references are wmt22.PAIR.TGT in --references (default: DIR/../../tests). Without DIR the check is skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _METRICS = ("bleu", "chrf")
 
 
 def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, float]]]:
-    """Difference between our score and the published one, per system.
+    """Compare our score of each system with the published one.
 
     Returns: [("PAIR SYSTEM", {"bleu": |ours - published|, "chrf": ...})], absolute, in points of 0 to 100.
     Raises: FileNotFoundError or ValueError where a file is missing or broken.
@@ -37,7 +36,7 @@ def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, fl
     differences = []
     for row in tqdm(rows, desc="oracle", unit="system"):
         pair, target = row["pair"], row["pair"].split("-")[1]
-        # one published system really starts with a byte order mark, and was scored with it
+        # one published system starts with a byte order mark and was scored with it
         hypotheses = files.read_lines(folder / f"{pair}.{row['system']}.{target}", strict=False)
         reference = files.read_lines(references / f"wmt22.{pair}.{target}")
         scores = score.score_corpus(hypotheses, [reference], target_language=target, names=_METRICS)

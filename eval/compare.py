@@ -1,10 +1,10 @@
-"""Is the difference between systems more than chance? sacreBLEU's paired tests over any number of systems.
+"""Test whether systems differ by more than chance, by sacreBLEU's paired tests, for any number of systems.
 
 xmoe compare --references REF --systems NAME=FILE NAME=FILE ... --method bootstrap
 
-The first system is the baseline; each other one is tested against it. A p-value below 0.05 says that
-the two systems differ, not which is better; with many systems expect one in twenty to fall below by chance.
-A system with the very text of the baseline has p = 1 (sacreBLEU itself gives the smallest p-value there).
+The first system is the baseline, against which each other one is tested. A p-value below 0.05 says that the two
+systems differ, not which one is better; with many systems one in twenty falls below it by chance. A system with the
+baseline's text has p = 1 (sacreBLEU itself gives the smallest p-value there).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METHODS = {"bootstrap": "bs", "approximate-randomisation": "ar"}
 
 
 def _check_seed(seed: int | None) -> None:
-    """sacreBLEU's paired tests take seed 0 for "no seed": no two runs agree, whatever the signature says."""
+    """Refuse seed 0: sacreBLEU's paired tests take it for "no seed", so that no two runs agree."""
     value = str(seed) if seed is not None else os.environ.get("SACREBLEU_SEED", "12345")
     if value != "none" and not (value.isdigit() and int(value) > 0):
         raise ValueError(
@@ -59,7 +59,7 @@ def compare_systems(
     Returns:
         ``{"method", "trials", "baseline", "signatures": {metric: str}, "systems": [...]}``, each system being
         ``{"name", "same_text_as_baseline", "scores": {metric: {"score", "mean", "ci95", "p_value"}}}``;
-        floats unrounded, p_value None for the baseline and 1 for its very text.
+        floats unrounded, p_value None for the baseline and 1 for a text equal to its own.
     Raises: ValueError for fewer than two systems, equal names, unequal lengths, empty systems, a bad option.
     """
     if method not in METHODS:
@@ -110,7 +110,7 @@ def _check_systems(systems: Sequence[tuple[str, Sequence[str]]], references: Seq
 
 
 def _figures(result: Any, is_same_text: bool) -> dict[str, float | None]:
-    """Of one system and metric. sacreBLEU counts resamples whose difference is above the one observed: never for 0."""
+    """Figures of one system and metric; the p-value of an equal text is 1, for which sacreBLEU gives its smallest."""
     p_value = 1.0 if is_same_text else result.p_value
     figures = {"score": result.score, "mean": result.mean, "ci95": result.ci, "p_value": p_value}
     return {name: None if value is None else float(value) for name, value in figures.items()}

@@ -1,7 +1,7 @@
 """Parameters and FLOPs of the named architectures, counted from the built models.
 
-Models are built without memory for their weights (torch's meta device), so the large ones take no longer than the
-small ones. FLOPs are forward matrix products, 2 per multiply-add; a training update costs three times as much.
+Models are built on torch's meta device, without memory for their weights, so that large ones take no longer than
+small ones. FLOPs are those of forward matrix products, 2 per multiply-add; a training update costs three times as much.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def build(arch: str, vocabulary: int, length: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts; ``gates`` are those of routers, whatever their kind."""
+    """Numbers of parameters; ``gates`` are those of routers of every kind."""
 
     shared: int
     gates: int
@@ -77,15 +77,15 @@ class Parameters:
         return cls(total - in_layers, in_layers - experts, experts)
 
     def active(self, rows: float | None, num_experts: int) -> float | None:
-        """Parameters that one token meets; None where ``rows`` is."""
+        """Parameters that one token uses; None if ``rows`` is None."""
         return None if rows is None else self.shared + self.gates + self.experts * rows / max(num_experts, 1)
 
 
 def rows_per_token(config: MoEConfig, training: bool) -> float | None:
     """Experts that compute an average token.
 
-    In training at most what capacity allows (Eq 6), reached when the load is even; else what the router wants. None: a
-    threshold without capacity takes what the trained router needs, which only a run shows (eval.sweep).
+    With capacity this is the most that it allows (Eq 6), reached when the load is even; else it is what the router
+    wants. None for a threshold without capacity, whose experts depend on the trained router (eval.sweep counts them).
     """
     gamma = config.capacity_factor if training else config.eval_capacity_factor
     wanted = router_class(config.router).experts_wanted(config)
@@ -93,7 +93,7 @@ def rows_per_token(config: MoEConfig, training: bool) -> float | None:
 
 
 def layer_flops(layer: MoELayer, length: int, training: bool) -> tuple[float, float] | None:
-    """Per token of a sentence of ``length``: FLOPs of the experts (merging included), and of the gates."""
+    """FLOPs of the experts (merging included) and of the gates, per token of a sentence of ``length`` tokens."""
     config = layer.config
     if isinstance(layer, MergedMoELayer):
         experts = merged_layer_flops(config, length, 1) / length

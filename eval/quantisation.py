@@ -1,4 +1,4 @@
-"""What quantisation costs: loss, BLEU and chrF2++ of a float checkpoint and of quantised ones, with paired tests.
+"""Measure loss, BLEU and chrF2++ of a float checkpoint and of quantised ones, with paired tests.
 
 xmoe quantisation --checkpoints float.pt int8.pt --data DATA_BIN --subwords FOLDER --source TEST.uk \\
     --references TEST.en --source-lang uk --target-lang en --out report.json
@@ -55,7 +55,7 @@ def translations(checkpoint: str, lines: Sequence[str], args: argparse.Namespace
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Sizes, losses, share of lines with the very same translation, scores and tests; plain data."""
+    """Sizes, losses, share of lines with an equal translation, scores and tests, as plain data."""
     lines = files.read_lines(args.source)
     references = [files.read_lines(path) for path in args.references]
     models, systems = [], []
@@ -84,7 +84,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def format_report(found: dict[str, Any]) -> str:
-    """A Markdown table of the models, then the two tables of tests."""
+    """A Markdown table of the models, followed by the two tables of tests."""
     lines = ["| checkpoint | weights | MB | loss (bits) | same lines |", "|---|---|---|---|---|"]
     for model in found["models"]:
         size = f"{model['bytes'] / 1e6:.1f}" + (" with optimiser" if model["optimizer_state"] else "")
@@ -114,7 +114,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("quantisation")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     if len(args.checkpoints) < 2:
         raise ValueError("--checkpoints wants the float checkpoint and at least one quantised one")

@@ -3,7 +3,7 @@
 xmoe report runs/demo/uk-en/xmoe [MORE_RUNS...] --out report.html
 
 A run is a folder with analysis.json (xmoe analyse) and, from xmoe run, scores.json; either may be
-missing. NAME=FOLDER gives it another name. The page opens offline and asks no network for anything.
+missing. NAME=FOLDER gives it another name. The page opens offline and uses no network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, reports_err
 
 
 def _benchmarks(path: str | None) -> list[dict[str, Any]]:
-    """Timed rows of a result file of benchmarks/ that say what they compute; of several sweeps the one over FLOPs."""
+    """Timed rows with FLOPs of a result file of benchmarks/; of several sweeps those of the one over FLOPs."""
     if path is None:
         return []
     rows = files.read_json(path).get("rows") or []

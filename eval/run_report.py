@@ -18,7 +18,7 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, reports_err
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """The content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
+    """Collect the content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
     score = files.read_json(args.score)
     commit = Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
     training = training_figures(read_records(args.training_log))
@@ -55,7 +55,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _length_limit(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """How many translations reached the most tokens allowed, in all of fairseq-generate's output given."""
+    """Count the translations of fairseq-generate's output files that reached the most tokens allowed."""
     most = {"max_len_a": args.max_len_a, "max_len_b": args.max_len_b}
     positions = config.get("model", {}).get("max_target_positions") or 1024
     reached = 0

@@ -29,7 +29,7 @@ def row(folder: str) -> list[str]:
     path = Path(folder) / "scores.json"
     report = files.read_json(path)
     try:
-        # scores.json without an analysis has the routing of the last validation alone
+        # without an analysis scores.json has only the routing of the last validation
         routing, training = report["routing"]["valid"]["overall"], report["training"]
         inference = report.get("inference") or {
             "experts_per_token": routing.get("used"),

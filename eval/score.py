@@ -22,7 +22,7 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, reports_err
 
 @dataclass(frozen=True)
 class MetricScore:
-    """One metric over one corpus, unrounded.
+    """The unrounded score of one metric over one corpus.
 
     Attributes:
         name: sacreBLEU's name, e.g. ``chrF2++``.
@@ -73,23 +73,25 @@ def score_corpus(
 
 
 def _score_one(metric: Metric, hypotheses: list[str], bootstrap: int) -> MetricScore:
-    signature = str(metric.get_signature())  # before the resampling adds its own fields
+    signature = str(metric.get_signature())  # read before the resampling adds its own fields
     _make_resamples_alike(metric)
     result = metric.corpus_score(hypotheses, references=None, n_bootstrap=bootstrap)
     if not bootstrap:
         return MetricScore(result.name, result.score, signature)
-    # sacreBLEU keeps both as underscored attributes and offers only rounded text besides
+    # sacreBLEU has both in underscored attributes, and otherwise only as rounded text
     mean, ci95 = float(result._mean), float(result._ci)
     return MetricScore(result.name, result.score, signature, mean, ci95, str(metric.get_signature()))
 
 
 def _make_resamples_alike(metric: Metric) -> None:
-    """sacreBLEU's chrF and TER of a resample are float32, but float where nothing matches; it cannot average both."""
+    """Make all scores of resamples floats. Those of chrF and TER are float32 where anything matches, else float, and
+    sacreBLEU cannot average both.
+    """
     compute = metric._compute_score_from_stats
 
     def in_float32(stats: Any) -> Any:
         result = compute(stats)
-        if isinstance(stats, np.ndarray):  # a resample; the corpus itself has a list
+        if isinstance(stats, np.ndarray):  # a resample, since the corpus itself has a list
             result.score = np.float32(result.score)
         return result
 
@@ -121,7 +123,7 @@ def score_files(hypotheses: str, references: Sequence[str], *, target_language: 
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """A Markdown table, two decimals; below it the signatures, whose bars would break the table."""
+    """A Markdown table with two decimals; the signatures stand below it, because their bars would break the table."""
     scores = report["scores"].values()
     rows = [[score["name"], f"{score['score']:.2f}", _interval(score)] for score in scores]
     headers = ["metric", "score", "bootstrap mean ± 95% CI"]

@@ -2,8 +2,8 @@
 
 xmoe serve --checkpoint runs/demo/uk-en/xmoe/checkpoints/averaged.pt
 
-Only this machine can open the page unless --host says otherwise. The server is Python's own: it needs no package, asks
-no network for anything, and bounds the size and the rate of requests.
+Only this machine can open the page unless --host says otherwise. The server is Python's own. It needs no package and
+no network, and it bounds the size and the rate of requests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _parser() -> CommandParser:
 
 
 def build_page(args: argparse.Namespace) -> Page:
-    """Load the model. Raises: FileNotFoundError or ValueError, saying what is missing."""
+    """Load the model. Raises: FileNotFoundError or ValueError, which name what is missing."""
     checkpoint = Path(args.checkpoint)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"--checkpoint: no such file: {checkpoint}")

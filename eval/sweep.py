@@ -1,7 +1,7 @@
-"""Quality against FLOPs: evaluate one checkpoint at several thresholds or inference capacities.
+"""Evaluate one checkpoint at several thresholds or inference capacities: quality against FLOPs.
 
 Works for translation models (teacher forcing: the loss of the references) and for language models. Every point reads
-all of the subset. FLOPs are counted from what was computed, not from the settings.
+all of the subset. FLOPs are counted from the routing plans, not from the settings.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from xmoe_fairseq.moe.flops import counted_flops
 
 @dataclass(frozen=True)
 class Point:
-    """One setting and what came of it.
+    """One setting and its measurements.
 
     Attributes:
         threshold: None where every layer kept a threshold of its own.
@@ -42,9 +42,9 @@ class Point:
         moe_flops: FLOPs of the (token, expert) pairs that were computed, per token, relative to the dense FFN.
         experts_per_token: pairs that were computed, per token and MoE layer.
         dropped: share of the wanted pairs that capacity dropped.
-        flops_per_token: forward FLOPs of all matrix products that really ran, per target token; includes
-            attention, the output projection, padding, and what the chosen way of computing adds (experts.py).
-        target_tokens: how many were scored.
+        flops_per_token: forward FLOPs of all matrix products that ran, per target token. They include attention, the
+            output projection, padding, and rows that the chosen way of computing adds (moe/experts/).
+        target_tokens: number of scored tokens.
     """
 
     threshold: float | None
@@ -90,7 +90,7 @@ def sweep(
     thresholds: Sequence[float],
     factors: Sequence[float | None],
 ) -> list[Point]:
-    """Every pair of a threshold and a capacity factor; of what is not given the checkpoint's own is kept.
+    """Measure every pair of a threshold and a capacity factor; one that is not given stays the checkpoint's own.
 
     Raises: ValueError where a sweep has nothing to change.
     """
@@ -111,7 +111,7 @@ def sweep(
 
 
 def draw(points: Sequence[Point], path: Path) -> None:
-    """Perplexity over MoE FLOPs, one line per capacity factor."""
+    """Plot perplexity over MoE FLOPs, with one line per capacity factor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> list[Point]:
 @reports_errors("sweep")
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq tells of each step of loading
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq logs each step of loading
     points = run(args)
     shown = ("threshold", "eval_capacity_factor", "moe_flops", "experts_per_token", "nll", "perplexity")
     rows = [[getattr(point, name) for name in shown] for point in points]

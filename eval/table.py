@@ -38,9 +38,9 @@ class Cell:
         bleu, chrf: one unrounded score per run, in the order of the files.
         test_set: the name the scorer was given, or None.
         versions: sacreBLEU versions that made the scores.
-        train_pairs: numbers of training pairs, as far as the files tell.
-        flops: of the MoE layers at inference relative to the dense FFN, one a run that tells.
-        is_checked: whether every file tells pair, method and seed.
+        train_pairs: numbers of training pairs, from the files that tell them.
+        flops: FLOPs of the MoE layers at inference relative to the dense FFN, one for each run that tells them.
+        is_checked: True if every file tells pair, method and seed.
         overrides: settings of the model that the translation changed.
     """
 
@@ -89,7 +89,7 @@ def load_cell(paper: dict[str, Any], method: str, pair: str, paths: Sequence[str
 
 
 def _check_identity(paper: dict[str, Any], method: str, pair: str, path: str, report: dict[str, Any]) -> None:
-    """Refuse a file of another pair, or, for a row of the paper, of another configuration than the row's."""
+    """Refuse a file of another pair or, for a row of the paper, of another configuration."""
     if report.get("pair", pair) != pair:
         raise ValueError(f"{path}: is of {report['pair']}, not of {pair}")
     configuration = Path(report.get("config_file") or method).stem
@@ -98,7 +98,7 @@ def _check_identity(paper: dict[str, Any], method: str, pair: str, path: str, re
 
 
 def _check_seeds(method: str, pair: str, paths: Sequence[str], reports: Sequence[dict[str, Any]]) -> None:
-    """Several files are several runs: no seed twice."""
+    """Refuse two files with the same seed, since several files are several runs."""
     seeds: dict[Any, str] = {}
     for path, report in zip(paths, reports, strict=True):
         if (seed := report.get("seed")) is not None and seeds.setdefault(seed, path) != path:
@@ -127,7 +127,7 @@ def _format_runs(runs: Sequence[float]) -> str:
 
 
 def differences(paper: dict[str, Any], pair: str, cell: Cell) -> list[str]:
-    """In what, of the paper's Table 4, the cell differs: test set, training pairs (Table 4 gives whole millions)."""
+    """How the cell's test set and training pairs differ from the paper's Table 4, which gives whole millions."""
     found = []
     if cell.test_set is None or cell.test_set.lower() not in paper["test_sets"][pair]:
         found.append(cell.test_set or "test set not stated")
@@ -151,7 +151,7 @@ def _format_cell(paper: dict[str, Any], pair: str, cell: Cell | None) -> str:
 def _our_row(paper: dict[str, Any], name: str, cells: dict[str, Cell]) -> list[str]:
     row = [name, "ours", *(_format_cell(paper, pair, cells.get(pair)) for pair in paper["pairs"])]
     if len(cells) < len(paper["pairs"]):
-        return [*row, _MISSING]  # an average over fewer pairs would not be the paper's average
+        return [*row, _MISSING]  # the paper's average is over all pairs
     averages = [
         statistics.mean(statistics.mean(getattr(cell, metric)) for cell in cells.values())
         for metric in ("bleu", "chrf")
@@ -161,7 +161,7 @@ def _our_row(paper: dict[str, Any], name: str, cells: dict[str, Cell]) -> list[s
 
 
 def build_rows(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> list[list[str]]:
-    """Rows of method, source (paper or ours), one cell a pair, average; ``cells``: method -> pair -> Cell."""
+    """Rows of method, source (paper or ours), a cell for each pair, and average. ``cells``: method -> pair -> Cell."""
     rows = []
     for method in paper["methods"]:
         scores = [f"{b}/{c}" for b, c in zip(method["bleu"], method["chrf++"], strict=True)]
@@ -173,7 +173,7 @@ def build_rows(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> list
 
 
 def build_notes(paper: dict[str, Any], cells: dict[str, dict[str, Cell]]) -> list[str]:
-    """What a reader must know: sources, signatures, number of runs, other test sets, missing cells."""
+    """Notes on sources, signatures, number of runs, other test sets and missing cells."""
     present = [(name, pair, cell) for name, row in cells.items() for pair, cell in row.items()]
     versions = ", ".join(sorted({version for *_, cell in present for version in cell.versions}))
     settings = "; ".join(f"{name}: {signature}" for name, signature in paper["signatures"].items())

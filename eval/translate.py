@@ -5,7 +5,7 @@ xmoe translate --checkpoint FILE [FILE ...] --data DIR --source-lang uk --target
 
 The search is fairseq-generate's with the same options. An empty line gives an empty line. A line longer than
 the model's positions (or --max-length) is cut at sentence ends, then commas, then words, translated in
-chunks and joined again; how many, is said on stderr. All input is read before the first batch; the output
+chunks and joined again; standard error tells how many. All input is read before the first batch, and the output
 file appears when all is done.
 """
 
@@ -29,9 +29,9 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overr
 
 __all__ = ["Translation", "Translator", "TranslatorConfig", "translate_lines"]
 
-_BLOCKS_PER_PROCESS = 8  # small enough to share the load evenly, large enough for full batches
+_BLOCKS_PER_PROCESS = 8  # lines of a block: few enough to share the load evenly, enough for full batches
 
-# What a worker process keeps between its calls.
+# A worker process keeps its Translator here between its calls.
 _worker: Translator | None = None
 _worker_rank = 0
 
@@ -39,7 +39,7 @@ _worker_rank = 0
 def translate_lines(
     config: TranslatorConfig, lines: Sequence[str], *, processes: int = 1, progress: bool = False
 ) -> list[Translation]:
-    """Translate with one or several processes, each with its own copy of the model and its share of threads.
+    """Translate with one or several processes, each with a copy of the model and a share of the threads.
 
     Args:
         config: see `TranslatorConfig`; with several processes and GPUs they take the GPUs in turn.
@@ -57,7 +57,7 @@ def translate_lines(
     blocks = _share(lines, processes)
     threads = max(1, torch.get_num_threads() // processes)
     results: list[Translation] = [Translation()] * len(lines)
-    # a process started afresh inherits no thread pool and no CUDA context in an unknown state
+    # a spawned process inherits no thread pool and no CUDA context
     context = get_context("spawn")
     ranks = context.Queue()
     for rank in range(processes):
@@ -81,14 +81,14 @@ def translate_lines(
 
 
 def _share(lines: Sequence[str], processes: int) -> list[list[int]]:
-    """Indices of lines in blocks of similar length, the longest first so that no process ends late."""
+    """Indices of lines in blocks of similar length; the longest come first, so that no process ends late."""
     order = sorted(range(len(lines)), key=lambda index: -len(lines[index]))
     size = max(1, -(-len(lines) // (processes * _BLOCKS_PER_PROCESS)))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _quiet_libraries() -> None:
-    """Standard error is for the progress bar and our own lines: only warnings of fairseq and hydra show."""
+    """Let only warnings of fairseq and hydra reach standard error, beside the progress bar and our own lines."""
     for name in ("fairseq", "hydra"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -101,7 +101,7 @@ def _start_worker(threads: int, ranks: Any) -> None:
 
 
 def _work(config: TranslatorConfig, lines: list[str], numbers: list[int]) -> list[Translation]:
-    """Runs in a worker; the first call loads the model, so that its errors reach the caller as they are."""
+    """Translate lines in a worker. Its first call loads the model, so that errors of loading reach the caller."""
     global _worker
     if _worker is None:
         if config.device is None and torch.cuda.is_available():

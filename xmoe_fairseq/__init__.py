@@ -1,6 +1,6 @@
-"""The door of the ``--user-dir`` package: registers its parts with fairseq, and lets their checkpoints load safely.
+"""The ``--user-dir`` package: it registers its parts with fairseq and lets their checkpoints load safely.
 
-Both happen as soon as fairseq and torch are imported, before or after this package. So the layer alone
+Both happen as soon as fairseq and torch are imported, before or after this package. Therefore the layer alone
 (``xmoe_fairseq.moe``) never imports fairseq, and commands that need neither start at once.
 """
 

@@ -1,4 +1,4 @@
-"""Run something right after a module's first import, for the door (`xmoe_fairseq.__init__`)."""
+"""Run a function right after a module's first import, for `xmoe_fairseq.__init__`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def when_imported(name: str, act: Callable[[], None]) -> None:
 
 
 class _Watcher:
-    """A finder of sys.meta_path: finds one module as the other finders do, and adds a step to the end of its execution.
+    """A finder of sys.meta_path that finds one module as other finders do and adds a step to the end of its execution.
 
-    Without the base class of importlib.abc, whose import takes longer than all else that ``xmoe --help`` needs.
+    It has no base class of importlib.abc, whose import takes longer than everything else in ``xmoe --help``.
     """
 
     def __init__(self, name: str, act: Callable[[], None]) -> None:

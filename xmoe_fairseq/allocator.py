@@ -1,9 +1,9 @@
-"""How the C library hands out memory, set once for a process that computes on a CPU, for all models alike.
+"""Set how the C library hands out memory, once for a process that computes on a CPU.
 
 By default glibc maps every large buffer afresh and gives it back when it is freed, and the kernel fills it 4 kB at a
-time. A buffer of 100 MB then costs 25,000 page faults each time it is asked for, and a training step frees and asks for
-many: the gradients of the expert weights alone are as large as the weights. Nothing here changes a result, and nothing
-here runs on a bare ``import xmoe_fairseq.moe``. docs/scaling.md has what was measured.
+time. A buffer of 100 MB then costs 25,000 page faults for each allocation, and a training step allocates and frees
+many: the gradients of the expert weights alone are as large as the weights. These settings change no result, and a bare
+``import xmoe_fairseq.moe`` does not make them. docs/scaling.md has the measurements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEVER_TRIM = -1
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next request; call it once, where training or a benchmark starts.
 
-    The process then holds its highest use until it ends, whoever allocated it.
+    The process then holds its highest use of memory until it ends.
 
     Returns:
         True if the allocator took the settings; False, with nothing changed, where the C library is not glibc.
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
         mallopt = libc.mallopt
     except (OSError, TypeError, AttributeError):
         return False
-    # large requests come from the heap instead of fresh mappings, and the heap's free top is not given back
+    # large requests come from the heap instead of fresh mappings, and the free top of the heap is not given back
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIM))
 
 

@@ -1,7 +1,7 @@
-"""The command ``xmoe``: one name for every module and script of the project.
+"""The command ``xmoe``, which has a name for every module and script of the project.
 
-A table of names; nothing is imported before a command is chosen. Commands of the package run from any installation,
-all others from the checkout that the package lies in.
+Its table of names imports nothing before a command is chosen. Commands of the package run from any installation, all
+others from the checkout that holds the package.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]] | None:
 
 
 def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
-    """The process that runs ``command``. Raises: FileNotFoundError if a checkout or fairseq is wanting."""
+    """The words of the process that runs ``command``. Raises: FileNotFoundError if a checkout or fairseq is missing."""
     is_script = command.target.endswith(".sh")
     is_packaged = command.target.startswith("xmoe_fairseq.")
     if not is_packaged and not (CHECKOUT / "scripts" / "lib.sh").is_file():
@@ -148,7 +148,7 @@ def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What a command sees: the checkout's modules, this environment, and none of its libraries' deprecation notes."""
+    """The environment of a command, with the checkout's modules and without its libraries' deprecation notes."""
     found = dict(os.environ)
     paths = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
     found["PYTHONPATH"] = os.pathsep.join(paths)
@@ -172,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = find(arguments)
     if found is not None:
         line = command_line(*found)
-        os.execvpe(line[0], line, environment())  # replaces this process: exit code and signals are the command's own
+        os.execvpe(
+            line[0], line, environment()
+        )  # replaces this process, so that exit code and signals are those of the command
     if first in families and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
         print(help_text(first), file=sys.stdout if len(arguments) > 1 else sys.stderr)
         return 0 if len(arguments) > 1 else 2

@@ -1,6 +1,6 @@
 """What every Python command shares: one vocabulary of flags, old names with a warning, errors as one line.
 
-Needs the standard library only, so that ``--help`` and the commands without models start at once.
+It needs the standard library alone, so that ``--help`` and commands without models start at once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _Main = TypeVar("_Main", bound=Callable[..., Any])
 
 
 class _OldName(NamedTuple):
-    """What stands for an older flag: its new words, and what separated several values in one."""
+    """The new words for an older flag, and the separator of its several values."""
 
     words: tuple[str, ...]
     separator: str | None
@@ -70,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
         Args:
             name: a key of the vocabulary; it gives metavar, help and type, unless ``options`` do.
             old: its name in the last release, taken with a warning.
-            separator: what stood between several values of the old flag, now several words.
+            separator: the character between several values of the old flag, which are several words now.
             options: of ``add_argument``. A default is added to the help.
         """
         metavar, text = _HELP[name]
@@ -130,7 +130,7 @@ class CommandParser(argparse.ArgumentParser):
         return words
 
     def warn(self, text: str) -> None:
-        """One line on standard error."""
+        """Print one line on standard error."""
         print(f"{self.prog}: warning: {text}", file=sys.stderr)
 
 
@@ -158,7 +158,7 @@ def parser_of(main: Callable[..., Any]) -> CommandParser:
 
 
 class _Numbers(argparse.Action):
-    """Several numbers, one a word; one word with commas is the older form."""
+    """Reads several numbers, one a word; one word with commas is the older form."""
 
     def __init__(self, *args: Any, check: Callable[[str], float | None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -240,8 +240,8 @@ def reports_errors(name: str) -> Callable[[_Main], Callable[..., int]]:
                 try:
                     return main(argv) or 0
                 finally:
-                    sys.stdout.flush()  # here, not when the interpreter ends, where its failure is a traceback
-            except BrokenPipeError:  # the reader (head, less) went away: not our failure, nothing more to say
+                    sys.stdout.flush()  # at the end of the interpreter, a failure to flush would be a traceback
+            except BrokenPipeError:  # the reader (head, less) closed the pipe
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             except OSError as error:
                 told = f"{error.filename or 'file system'}: {error.strerror}" if error.strerror else error

@@ -79,8 +79,10 @@ def _parser_of_script(command: cli.Command) -> argparse.ArgumentParser:
 
 
 def flags_of_usage(usage: str) -> Iterator[tuple[str, str]]:
-    """Flag and name of its value ("" for a switch) of a script's usage text: of its first lines, and of the lines that
-    begin with a flag up to the two spaces before the explanation."""
+    """Flags of a script's usage text with the names of their values, "" for a switch.
+
+    They stand in its first lines, and in lines that begin with a flag, before the two spaces that part them from text.
+    """
     synopsis, _, rest = usage.partition("\n\n")
     described = re.findall(r"^ {2}((?:-\w, )?--.*?)(?: {2,}.*)?$", rest, flags=re.MULTILINE)
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums. Needs the standard library only."""
+"""Write files whole or not at all, and compute their checksums, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def partial_beside(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to: if the block succeeds, its bytes go to disk and it takes the name ``path``.
+    """Yield a name beside ``path`` to write to; if the block succeeds, the file is synced and moved to ``path``.
 
-    On any error (a full disk, an interrupt) the partial file goes and ``path`` keeps what it had. A symbolic link
-    stays: what it points to is replaced.
+    On any error (a full disk, an interrupt) the partial file is removed and ``path`` keeps its content. A symbolic link
+    stays, and the file that it points to is replaced.
     """
     if path.is_symlink():
         path = path.resolve()
@@ -30,7 +30,7 @@ def partial_beside(path: Path) -> Iterator[Path]:
 
 
 def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write(partial)`` and give what it wrote the name ``path``; folders are made (see `partial_beside`)."""
+    """Call ``write(partial)`` and move the result to ``path``, whose folders are made (see `partial_beside`)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with partial_beside(path) as partial:
@@ -39,7 +39,7 @@ def write_aside(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 @contextlib.contextmanager
 def open_aside(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
-    """Open files to write; all get the names ``paths`` when the block has succeeded, or none (see `partial_beside`)."""
+    """Open files to write; if the block succeeds all move to ``paths``, else none (see `partial_beside`)."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as moves:

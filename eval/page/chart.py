@@ -1,4 +1,4 @@
-"""What all figures of a page are made of: traces for plotly, and the table that says the same."""
+"""The parts of a page's figures: traces for plotly, and a table of the same numbers."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from eval.run.record import Run
 
-# Okabe and Ito's colours differ for any kind of colour vision. Dashes and markers differ too.
+# Okabe and Ito's colours differ for every kind of colour vision; dashes and markers differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "pentagon")
 _TABLE_ROWS = 14
-MOST_LAYERED = 2  # more runs than that in one chart show the mean of their layers
+MOST_LAYERED = 2  # a chart of more runs shows the mean of their layers
 
 
 @dataclass
 class Figure:
-    """One chart with the table that says the same.
+    """One chart with a table of the same numbers.
 
     Attributes:
-        caption: what one sees, in a sentence or two; plain text.
+        caption: what the chart shows, in a sentence or two of plain text.
         headers, rows: the table under the chart.
     """
 
@@ -43,7 +43,7 @@ def figure_of(key: str, title: str, caption: str, traces: list[dict[str, Any]], 
 
 
 def choosable(key: str, title: str, caption: str, choices: dict[str, dict[str, Any]], x: str, y: str) -> Figure:
-    """A heatmap with a menu: the first choice is shown, the page offers the others."""
+    """A heatmap with a menu; the first choice is shown and the page offers the others."""
     figure = figure_of(key, title, caption, list(choices.values())[:1], x, y)
     figure.layout |= {
         "xaxis": {"title": {"text": x}, "type": "category"},
@@ -89,7 +89,7 @@ def bar(name: str, x: list[Any], y: list[Any], number: int) -> dict[str, Any]:
 def heatmap(
     x: list[str], y: list[str], z: list[Any], scale: str, zmin: float, zmax: float, unit: str
 ) -> dict[str, Any]:
-    # the page replaces the name of the scale by colours that suit its theme
+    # the page replaces the scale's name by colours that suit its theme
     bar = {"title": {"text": unit, "side": "right"}, "thickness": 12}
     return {"type": "heatmap", "x": x, "y": y, "z": z, "colorscale": scale, "zmin": zmin, "zmax": zmax, "colorbar": bar,
             "hoverongaps": False, "xgap": 1, "ygap": 1,
@@ -97,7 +97,7 @@ def heatmap(
 
 
 def table_of(traces: list[dict[str, Any]], x: str) -> tuple[list[str], list[list[str]]]:
-    """The numbers of a chart as text; long curves are thinned, heatmaps wider than 16 columns left out."""
+    """The numbers of a chart as text, with long curves thinned and without heatmaps wider than 16 columns."""
     if not traces:
         return [], []
     if traces[0]["type"] == "heatmap":

@@ -1,4 +1,4 @@
-"""The figures of a report, in their order; each is drawn from analysis JSONs alone (see eval.analyse)."""
+"""The figures of a report in their order, drawn from analysis JSONs alone (see eval.analyse)."""
 
 from __future__ import annotations
 

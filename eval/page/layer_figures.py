@@ -27,7 +27,7 @@ def load_heatmap(run: Run) -> Figure:
         zmax=3,
         unit="log2 of the share",
     )
-    # dead experts get a cross too, since colour alone is not readable for everyone
+    # dead experts get a cross too, since not every reader can tell the colours apart
     marks = [["✕" if hover.endswith("dead") else "" for hover in row] for row in text]
     trace |= {
         "text": marks,
@@ -108,7 +108,7 @@ def _by_group(run: Run, group: str, title: str, axis: str, caption: str) -> Figu
 
 
 def specialisation(run: Run) -> Figure:
-    """Which experts serve which kind of subword: share of the kind's rows over the expert's share of all rows."""
+    """A heatmap of an expert's share of a kind's rows over its share of all rows: which expert serves which kind."""
     choices = {}
     for label, layer in run.layers.items():
         found = layer["groups"]["kind"]

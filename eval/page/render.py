@@ -1,4 +1,4 @@
-"""The HTML page of a report, from runs alone; it opens offline and asks no network for anything."""
+"""The HTML page of a report, made from runs alone; it opens offline and uses no network."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def render(
     benchmarks: Sequence[dict[str, Any]] = (),
     study: dict[str, Any] | None = None,
 ) -> str:
-    """The page. Sentences of the explorer are left out, evenly, until it fits ``MAX_BYTES``.
+    """Render the page; sentences of the explorer are left out, evenly, until it fits ``MAX_BYTES``.
 
-    ``study``: tables and figures to begin with (eval/studies/page.py).
+    ``study``: tables and figures that come first (eval/studies/page.py).
     """
     _check_names(runs)
     page = _page(runs, title, benchmarks, study)
@@ -96,7 +96,7 @@ def _asset(name: str) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """JSON in which no text can end the script element around it."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -164,7 +164,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """One column per run: scores with confidence intervals, loss, size, FLOPs, speed."""
+    """A table with one column per run: scores with confidence intervals, loss, size, FLOPs, speed."""
     metrics = list(dict.fromkeys(name for run in runs for name in run.reported("scores")))
     rows = [[_metric_name(runs, name), *(_score(run, name) for run in runs)] for name in metrics]
     facts = {
@@ -191,13 +191,13 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _routed(run: Run) -> str:
-    """Checkpoint and set whose routing the page shows; report.md has the same."""
+    """Checkpoint and set whose routing the page and report.md show."""
     path, name = run.analysed("checkpoint").get("path"), run.analysed("data").get("set")
     return f"{Path(path).name} on {name}" if path and name else "–"
 
 
 def _price_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The scores at every price of inference that run_pair.sh tried, one row a goal such as ``loss:0.01``."""
+    """Scores at every price of inference that run_pair.sh tried, a row for each goal such as ``loss:0.01``."""
     goals = dict.fromkeys(goal for run in runs for goal in run.reported("calibrated"))
     return [[f"at the price {goal}", *(_price(run.reported("calibrated").get(goal)) for run in runs)] for goal in goals]
 
@@ -266,7 +266,7 @@ def _signatures(runs: Sequence[Run]) -> list[str]:
 
 
 def configuration(runs: Sequence[Run]) -> dict[str, Any]:
-    """Every setting of the runs, and those that differ (file names left out)."""
+    """All settings of the runs and those that differ, without file names."""
     flat = []
     for run in runs:
         config = run.reported("config")

@@ -1,4 +1,4 @@
-"""The server of the page to try a model: one translation at a time, requests bounded in size and rate."""
+"""Serve a page to try a model: one translation at a time, with requests bounded in size and rate."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MAX_CHARACTERS = 1000
 MAX_BODY = 8 * MAX_CHARACTERS  # bytes; JSON may write a character as \uXXXX
 MAX_CAPACITY = 8.0
 MAX_CONNECTIONS = 16
-WAIT_SECONDS = 20.0  # for the translation before this one
+WAIT_SECONDS = 20.0  # to wait for the translation before this one
 
 
 class RequestError(Exception):
-    """What the client did wrong, or the server cannot do now."""
+    """A request that the server refuses, because it is wrong or because the server cannot serve it now."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class RequestError(Exception):
 
 
 class RateLimit:
-    """At most ``count`` events in any ``seconds``."""
+    """Allows at most ``count`` events in any ``seconds``."""
 
     def __init__(self, count: int, seconds: float = 60.0) -> None:
         self.count, self.seconds = count, seconds
@@ -58,7 +58,7 @@ class RateLimit:
 
 
 class Page:
-    """The model behind the page; one translation at a time."""
+    """The page and its model, which does one translation at a time."""
 
     def __init__(self, translator: Translator, *, requests_per_minute: int = 60) -> None:
         self.translator = translator
@@ -77,7 +77,7 @@ class Page:
         return bool(self.configs) and not any(config.merge_experts for config in self.configs)
 
     def html(self, nonce: str) -> str:
-        """The page; ``nonce`` marks its own scripts."""
+        """The page's HTML; ``nonce`` marks its own scripts."""
         config = self.translator.config
         first = self.configs[0] if self.configs else None
         description = "A dense model: no token chooses an expert."
@@ -93,7 +93,7 @@ class Page:
             max_characters=MAX_CHARACTERS,
             threshold=first.threshold if self.has_threshold else None,
             has_capacity=self.has_capacity,
-            most_capacity=4.25,  # one step above 4: no limit
+            most_capacity=4.25,  # one step above 4 means no limit
             capacity=first and first.eval_capacity_factor,
             nonce=nonce,
             **{
@@ -179,7 +179,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / is the page, POST /translate takes and gives JSON; everything else is refused."""
+    """Answers GET / with the page and POST /translate with JSON; refuses everything else."""
 
     server: Server
     timeout = 15  # seconds a client may keep silent
@@ -201,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.path != "/translate":
             raise RequestError(HTTPStatus.NOT_FOUND, "POST goes to /translate")
-        if self.headers.get_content_type() != "application/json":  # a foreign page cannot send this without asking
+        # a page of another site cannot send this type without a CORS request, which this server does not grant
+        if self.headers.get_content_type() != "application/json":
             raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
@@ -227,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(status, kind, content, nonce)
 
     def _check_host(self) -> None:
-        """A page of another site must not reach this one under a name of its own (DNS rebinding)."""
+        """Refuse other host names, under which a page of another site could reach this server (DNS rebinding)."""
         host = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
         if self.server.is_local and host not in _LOOPBACK:
             raise RequestError(HTTPStatus.FORBIDDEN, "open this page as http://127.0.0.1 or http://localhost")
@@ -256,11 +257,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, template: str, *values: Any) -> None:
-        """Log nothing of a request's text; ``log_request`` logs the status."""
+        """Log nothing, so that no text of a request is kept; ``log_request`` logs the status."""
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one Page; connections beyond ``MAX_CONNECTIONS`` are closed at once."""
+    """Serves one Page and closes connections beyond ``MAX_CONNECTIONS`` at once."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Figures of quality against compute: capacity and threshold swept, and wall time."""
+"""Figures of quality against compute over capacity and threshold, and of wall time."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def threshold_scores(runs: Sequence[Run]) -> Figure:
 
 
 def threshold_trained(runs: Sequence[Run]) -> Figure:
-    """The paper's Fig 7, over checkpoints trained with different t."""
+    """The paper's Fig 7, over checkpoints trained with different thresholds."""
     points = []
     for run in runs:
         own = run.analysed("checkpoint").get("threshold")
@@ -97,7 +97,7 @@ def threshold_trained(runs: Sequence[Run]) -> Figure:
 
 
 def speed_figure(rows: Sequence[dict[str, Any]]) -> Figure:
-    """The paper's Fig 8. ``rows``: of a benchmark, with ``flops`` (relative to dense), ``ms`` and what was timed."""
+    """The paper's Fig 8. ``rows`` are those of a benchmark, with ``flops`` (relative to dense), ``ms`` and the case."""
     named: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         parts = [str(row[name]) for name in ("method", "mode", "tokens") if name in row]

@@ -1,4 +1,4 @@
-"""Figures that lay runs beside each other: how training went, and what each layer came to."""
+"""Figures that compare runs: learning curves, and figures of each layer."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _per_layer(runs: Sequence[Run], key: str, title: str, figure: str, unit: str
 
 
 def _bars(runs: Sequence[Run], values_of: Callable[[Run], dict[str, float]]) -> list[dict[str, Any]]:
-    """A trace for each run that has values: label -> height, in their order."""
+    """A trace for each run that has values (label -> height), in the order of the labels."""
     named = [(number, run.name, values_of(run)) for number, run in enumerate(runs)]
     return [bar(name, list(values), list(values.values()), number) for number, name, values in named if values]
 

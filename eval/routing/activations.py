@@ -1,4 +1,4 @@
-"""Hidden units of experts and dense FFNs, computed again for a bounded sample of rows.
+"""Compute the hidden units of experts and dense FFNs again, for a bounded sample of rows.
 
 Axis letters: T tokens, D model width, F hidden units, E experts, R sampled rows, S sampled tokens.
 """
@@ -17,12 +17,12 @@ from eval.routing.sums import rounded
 from xmoe_fairseq.moe import MoELayer, RoutingPlan
 from xmoe_fairseq.moe.activations import ACTIVATIONS
 
-ROWS_PER_BATCH = 256  # rows whose hidden units are looked at, per layer and sampled batch
+ROWS_PER_BATCH = 256  # rows whose hidden units are computed, per layer and sampled batch
 PROBE_TOKENS = 64  # tokens on which all experts of a layer are compared
 
 
 class InsideLayers:
-    """Positive hidden units and a probe of inputs, collected while the block of `watching` runs."""
+    """Counts of positive hidden units and a sample of inputs, collected while the block of `watching` runs."""
 
     def __init__(self, model: nn.Module, seed: int = 1) -> None:
         self.layers = moe_layers(model)
@@ -40,11 +40,11 @@ class InsideLayers:
 
     @contextmanager
     def watching(self, real_T: dict[str, Tensor]) -> Iterator[None]:
-        """Look at the forward passes inside; ``real_T``: side -> bool (T,), False at padding, time-major."""
+        """Collect from the forward passes in the block; ``real_T``: side -> bool (T,), False at padding, time-major."""
         handles = []
         for name, layer in self.layers.items():
             if layer.config.merge_experts:
-                continue  # no row passes a single expert there
+                continue  # in merged layers no row passes through a single expert
             handles.append(layer.register_forward_hook(self._moe_hook(name)))
         for name, module in self.dense.items():
             side = "encoder" if "encoder" in name else "decoder"
@@ -90,14 +90,14 @@ class InsideLayers:
             self.probe[name] = x_TD.index_select(0, tokens[picked.round().long()]).detach().clone()
 
     def positive_share(self, name: str) -> dict[str, Any] | None:
-        """Mean share of positive hidden units and the rows it was taken over; None where nothing ran."""
+        """Mean share of positive hidden units, and the number of rows; None where no row ran."""
         if not self.units.get(name):
             return None
         return {"share": self.positive[name] / self.units[name], "rows": self.rows[name]}
 
     @torch.no_grad()
     def similarity(self, name: str) -> dict[str, Any]:
-        """Cosines between experts: of their outputs on the same probe tokens, and of their router rows."""
+        """Cosines between experts, of their outputs on the same sampled tokens and of their router rows."""
         layer = self.layers[name]
         gate = layer.gate1 if layer.config.merge_experts else layer.router
         router = getattr(gate, "weight", None)
@@ -116,7 +116,7 @@ def expert_hidden(layer: MoELayer, rows_RD: Tensor, expert_R: Tensor) -> Iterato
 
 
 def output_cosine(layer: MoELayer, probe_SD: Tensor) -> list[list[float]]:
-    """(E, E): cosine of two experts' outputs for the same token, averaged over the probe."""
+    """(E, E): cosine of two experts' outputs for the same token, averaged over the sampled tokens."""
     experts, activation = layer.experts, ACTIVATIONS[layer.config.activation].forward
     outputs = []
     for e in range(layer.config.num_experts):

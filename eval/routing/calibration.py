@@ -1,7 +1,7 @@
-"""The cheapest way to run a trained threshold router: thresholds and a limit of experts per token.
+"""Search thresholds and a limit of experts per token that run a trained threshold router at a given cost or loss.
 
 A setting is chosen on one text and then belongs to the model. Each token still takes as many experts as it needs, and
-what a token takes depends on nothing but that token.
+its experts depend on that token alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from eval.routing.layers import moe_layers
 from eval.routing.masses import RouterMasses, solve
 from eval.text.loading import Loaded
 
-CLOSE = 0.005  # a measured cost this near to the budget, relatively, is as good as it
-ALLOWED = 0.02  # farther from it than this the budget is not met
-PASSES = 6  # over the text, to meet a budget with one limit
+CLOSE = 0.005  # a measured cost within this share of the budget meets it and ends the search
+ALLOWED = 0.02  # a measured cost farther than this share from the budget does not meet it
+PASSES = 6  # passes over the text, to meet a budget with one limit
 
 
 class Setting(NamedTuple):
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
     max_experts: int | None
 
     def as_settings(self) -> dict[str, float | list[float] | int | None]:
-        """As ``moe_*`` settings of a model: one number where all layers have the same threshold."""
+        """The ``moe_*`` settings of a model; one number if all layers have the same threshold."""
         same = len(set(self.thresholds)) == 1
         return {
             "moe_threshold": self.thresholds[0] if same else list(self.thresholds),
@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Point:
-    """A setting and what came of it.
+    """A setting and its measurements.
 
     Attributes:
         loss_bits: mean cross entropy of a target token, without label smoothing.
@@ -56,11 +56,11 @@ class Point:
 
 
 class NothingToCalibrateError(ValueError):
-    """The model has no threshold router, or no setting as cheap as was asked for."""
+    """The model has no threshold router, or no setting is as cheap as the budget."""
 
 
 class Calibration:
-    """Search on one text; ``points`` holds every setting that was measured."""
+    """A search on one text; ``points`` holds every setting that was measured."""
 
     def __init__(self, loaded: Loaded, corpus: Corpus, *, max_tokens: int = 4096) -> None:
         self.loaded, self.corpus, self.max_tokens = loaded, corpus, max_tokens
@@ -86,7 +86,7 @@ class Calibration:
         self.least = self.masses.flops([0.0] * len(configs), None)  # one expert a token
 
     def measure(self, setting: Setting) -> Point:
-        """Loss and counted cost of a setting over the whole text."""
+        """Measure loss and counted cost of a setting over the whole text."""
         known = next((point for point in self.points if point.setting == setting), None)
         if known is not None:
             return known
@@ -102,19 +102,19 @@ class Calibration:
         return point
 
     def uniform(self, threshold: float, limit: int | None) -> Setting:
-        """One threshold for all layers."""
+        """A setting with one threshold for all layers."""
         return Setting((threshold,) * len(self.layers), limit)
 
     def limits(self, experts: float) -> list[int | None]:
-        """Limits worth trying where a token may take ``experts`` on average; None is no limit.
+        """Limits to try if a token takes ``experts`` on average; None is no limit.
 
-        A limit of ``experts`` itself is left out: every token would take as many, which is top-k routing.
+        The limit ``experts`` itself is left out, since every token would take as many, as in top-k routing.
         """
         steps = {math.ceil(factor * experts + 1e-9) for factor in (1.25, 2.0)}
         return [*sorted(step for step in steps if step < self.num_experts), None]
 
     def meet(self, budget: float) -> Point:
-        """The best setting with one threshold that costs ``budget``.
+        """Find the best setting with one threshold that costs ``budget``.
 
         Args:
             budget: FLOPs of the MoE layers relative to the dense FFN.
@@ -131,7 +131,7 @@ class Calibration:
         return min(met or within or found, key=lambda point: (point.loss_bits, point.flops))
 
     def _meet(self, budget: float, limit: int | None) -> Point:
-        """One limit: the threshold that the counted masses propose, mended by what it really costs."""
+        """Meet ``budget`` with one limit: the threshold comes from the counted masses, corrected by measured costs."""
         aim, low, high, best = budget, 0.0, 1.0, None
         for _ in range(PASSES):
             threshold = self.masses.threshold_for(aim, limit)
@@ -144,13 +144,13 @@ class Calibration:
                 break
             low, high = (threshold, high) if point.flops < budget else (low, threshold)
             if low >= 1.0 or high <= 0.0:
-                break  # the limit, or one expert a token, is all there is
+                break  # no other threshold changes the cost: the limit or one expert a token is reached
             aim *= budget / point.flops
         assert best is not None
         return best
 
     def refine(self, point: Point, budget: float, rounds: int = 4) -> Point:
-        """Thresholds of their own for the layers: experts move to where they help most, at the same ``budget``."""
+        """Give each layer its own threshold, by moving experts at the same ``budget`` to the layers that gain most."""
         if len(self.layers) < 2:
             return point
         start = point
@@ -163,7 +163,7 @@ class Calibration:
         return point if point.flops <= max(start.flops, budget * (1 + CLOSE)) else start
 
     def _settled(self, point: Point, budget: float) -> Point:
-        """All layers' further experts scaled until the cost is ``budget`` again."""
+        """Scale the experts beyond the first of all layers until the cost is ``budget`` again."""
         for _ in range(3):
             if abs(point.flops / budget - 1) <= CLOSE or point.flops <= self.least:
                 break
@@ -172,7 +172,7 @@ class Calibration:
         return point
 
     def _scaled(self, setting: Setting, factor: float, names: Sequence[str]) -> Setting:
-        """The expected experts of some layers beyond the first times ``factor``."""
+        """Multiply the expected experts of some layers beyond the first by ``factor``."""
         thresholds = dict(zip(self.layers, setting.thresholds, strict=True))
         for name in names:
             further = self.masses.experts(name, thresholds[name], setting.max_experts) - 1
@@ -180,13 +180,13 @@ class Calibration:
         return Setting(tuple(thresholds.values()), setting.max_experts)
 
     def _worth(self, point: Point, name: str) -> float:
-        """Bits lost for each unit of FLOPs saved when a layer gives up a third of its further experts."""
+        """Bits lost for each unit of FLOPs saved if a layer gives up a third of its experts beyond the first."""
         less = self.measure(self._scaled(point.setting, 2 / 3, [name]))
         saved = point.flops - less.flops
         return (less.loss_bits - point.loss_bits) / saved if saved > 1e-6 else math.inf
 
     def _moved(self, point: Point, giver: str, taker: str) -> Point:
-        """A third of what ``giver`` takes beyond the first expert goes to ``taker``."""
+        """Move a third of the experts that ``giver`` takes beyond the first to ``taker``."""
         cut = self._scaled(point.setting, 2 / 3, [giver])
         limit, place = cut.max_experts, list(self.layers).index(taker)
 
@@ -198,7 +198,7 @@ class Calibration:
         return self.measure(Setting(grown(threshold), limit))
 
     def cheapest(self, tolerance: float) -> Point:
-        """The cheapest setting with one threshold whose loss is at most ``tolerance`` bits above that of now.
+        """Find the cheapest setting with one threshold whose loss is at most ``tolerance`` bits above the model's own.
 
         Raises: ValueError for a tolerance that is negative or no number.
         """
@@ -214,7 +214,7 @@ class Calibration:
         return best
 
     def shrink(self, point: Point, tolerance: float) -> Point:
-        """All layers' further experts cut alike, as far as the loss stays within ``tolerance`` bits of that of now."""
+        """Cut all layers' experts beyond the first alike, for a loss within ``tolerance`` bits of the model's own."""
         low, high, best = 0.0, 1.0, point
         for _ in range(PASSES):
             factor = (low + high) / 2
@@ -226,7 +226,7 @@ class Calibration:
         return best
 
     def _cheapest(self, allowed: float, limit: int | None, low: float, high: float) -> Point:
-        """Bisection over the expected cost, from ``low``, known to lose too much, to ``high``."""
+        """Bisect the expected cost between ``low``, which loses too much, and ``high``."""
         found = self.before
         for _ in range(PASSES):
             middle = math.sqrt(low * high)

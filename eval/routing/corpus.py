@@ -1,4 +1,4 @@
-"""The sentences an analysis runs over: a binarised test set, or raw text encoded on the way in."""
+"""The sentences of an analysis: a binarised test set, or raw text that is encoded here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eval.text.loading import Loaded
 
 @dataclass(frozen=True)
 class Corpus:
-    """A fairseq dataset and which of its sentences to use.
+    """A fairseq dataset and the indices of its sentences to use.
 
     Attributes:
         indices: int64, the sentences, in order of length.
@@ -28,7 +28,7 @@ class Corpus:
     num_skipped: int
 
     def evenly(self, count: int | None) -> np.ndarray:
-        """At most ``count`` of the indices (None: all), evenly spread over the lengths."""
+        """At most ``count`` of the indices (None: all), spread evenly over the lengths."""
         if count is None or count >= len(self.indices):
             return self.indices
         return self.indices[np.linspace(0, len(self.indices) - 1, count).round().astype(int)]
@@ -39,7 +39,7 @@ class Corpus:
         return list(self.dataset.batch_by_size(indices, max_tokens=max(max_tokens, longest)))
 
     def samples(self, batches: Sequence[Any], device: torch.device) -> Iterator[dict[str, Any]]:
-        """One fairseq sample (net_input, target, id) per batch, made when it is asked for."""
+        """Yield one fairseq sample (net_input, target, id) per batch."""
         for batch in batches:
             sample = self.dataset.collater([self.dataset[int(index)] for index in batch])
             yield utils.move_to_cuda(sample, device) if device.type == "cuda" else sample
@@ -52,7 +52,7 @@ def binarised(loaded: Loaded, split: str) -> Corpus:
 
 
 def from_lines(loaded: Loaded, source: Sequence[str], target: Sequence[str] | None) -> Corpus:
-    """Lines of subwords, separated by spaces, as a translation dataset (target None: sources alone)."""
+    """A translation dataset of lines of subwords, separated by spaces; target None leaves it with sources alone."""
     if target is not None and len(source) != len(target):
         raise ValueError(f"{len(source)} source lines, {len(target)} target lines; line n must be the same sentence")
     task = loaded.task
@@ -91,7 +91,7 @@ def _usable(loaded: Loaded, dataset: Any) -> Corpus:
 def input_tokens(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Side -> int64 (batch, time): the tokens whose hidden states each stack routes.
 
-    A decoder reads the target shifted by one: its first token is the end mark, which stands for the start.
+    A decoder reads the target shifted by one; its first token is the end mark.
     """
     inputs = sample["net_input"]
     if "prev_output_tokens" not in inputs:

@@ -1,4 +1,4 @@
-"""Forward passes over a test set: the loss of a plain validation, and the plans of every MoE layer along the way."""
+"""Run forward passes over a test set, for the loss of a plain validation and the plans of every MoE layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from xmoe_fairseq.criterions.load_balance import layer_label
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 from xmoe_fairseq.moe.statistics import routing_figures, routing_sums
 
-INSIDE_BATCHES = 16  # batches, evenly spread, in which hidden units are looked at
+INSIDE_BATCHES = 16  # batches, evenly spread, from which hidden units are sampled
 
 
 def short_label(module_name: str) -> str:
@@ -109,7 +109,7 @@ def _dictionary(loaded: Loaded, side: str) -> Any:
 
 
 class Observation:
-    """All running sums of one pass over a test set."""
+    """The running sums of one pass over a test set."""
 
     def __init__(self, loaded: Loaded, corpus: Corpus) -> None:
         self.loaded = loaded
@@ -133,7 +133,7 @@ class Observation:
 
     @torch.no_grad()
     def add(self, sample: dict[str, Any], look_inside: bool) -> None:
-        """One forward pass with teacher forcing; ``look_inside`` samples hidden units too."""
+        """Run and add one forward pass with teacher forcing; ``look_inside`` samples hidden units too."""
         loaded = self.loaded
         group_T = {side: tokens.groups(ids, self.tables[side]) for side, ids in input_tokens(sample).items()}
         real_T = {side: named["kind"] >= 0 for side, named in group_T.items()}
@@ -188,7 +188,7 @@ class Observation:
 
 
 def observe(loaded: Loaded, corpus: Corpus, *, max_tokens: int, progress: bool = False) -> dict[str, Any]:
-    """The figures of one pass over the whole corpus, and the seconds it took."""
+    """Make one pass over the whole corpus. Returns: its figures and seconds."""
     start = time.perf_counter()
     observation = Observation(loaded, corpus)
     batches = corpus.batches(corpus.indices, max_tokens)
@@ -202,7 +202,7 @@ def observe(loaded: Loaded, corpus: Corpus, *, max_tokens: int, progress: bool =
 
 @torch.no_grad()
 def evaluate(loaded: Loaded, corpus: Corpus, indices: np.ndarray, *, max_tokens: int) -> dict[str, Any]:
-    """Loss and counted routing figures over some sentences, without looking further: a point of a sweep."""
+    """Measure loss and counted routing figures alone over some sentences, for a point of a sweep."""
     loss, sums = Loss(), defaultdict(dict)
     for sample in corpus.samples(corpus.batches(indices, max_tokens), loaded.device):
         with record_plans(loaded.model) as plans:

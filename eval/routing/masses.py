@@ -1,4 +1,4 @@
-"""How fast the router's probabilities add up: what any threshold would cost, from one pass over the text.
+"""Estimate the cost of every threshold from one pass over the text, by counting cumulative router probabilities.
 
 Axis letters: T tokens, E experts, B bins of probability mass in [0, 1].
 """
@@ -22,8 +22,8 @@ class RouterMasses:
     """Counts, per layer, how much probability each token's k likeliest experts have, k = 1 to E.
 
     A token takes one expert more for every k whose mass stays below the threshold, so these counts give the experts per
-    token of each threshold and limit: up to the width of a bin for the first MoE layer, nearly for later ones, whose
-    inputs change with the routing before them.
+    token of each threshold and limit. They are right to the width of a bin for the first MoE layer, and nearly right
+    for later ones, whose inputs change with the routing before them.
     """
 
     def __init__(self, layers: dict[str, MoELayer]) -> None:
@@ -34,7 +34,7 @@ class RouterMasses:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count what every router sees while the block runs."""
+        """Count the probabilities of every router while the block runs."""
         handles = [
             layer.router.register_forward_hook(partial(self._count, name)) for name, layer in self.layers.items()
         ]
@@ -56,7 +56,7 @@ class RouterMasses:
             self.counts[name][rank] += torch.bincount(bin_T, minlength=BINS)
 
     def tokens(self, name: str) -> int:
-        """Tokens that the router of a layer saw."""
+        """Tokens that the router of a layer routed."""
         return int(self.counts[name][0].sum())
 
     def experts(self, name: str, threshold: float, limit: int | None) -> float:
@@ -79,7 +79,7 @@ class RouterMasses:
         return cost / max(total, 1.0)
 
     def threshold_for(self, flops: float, limit: int | None) -> float:
-        """The one threshold for all layers that is expected to cost ``flops``; 0 or 1 where that is out of reach."""
+        """The threshold for all layers that is expected to cost ``flops``; 0 or 1 if none does."""
         return solve(lambda t: self.flops([t] * len(self.layers), limit), flops)
 
     def layer_threshold_for(self, name: str, experts: float, limit: int | None) -> float:
@@ -88,7 +88,7 @@ class RouterMasses:
 
 
 def solve(value: Callable[[float], float], wanted: float) -> float:
-    """Where in [0, 1] a rising function reaches ``wanted``, by bisection; 0 or 1 where it does not."""
+    """The place in [0, 1] where a rising function reaches ``wanted``, by bisection; 0 or 1 if it does not."""
     if value(0.0) >= wanted:
         return 0.0
     if value(1.0) <= wanted:

@@ -1,4 +1,4 @@
-"""What an analysis says in its own words: the model it belongs to, and what a reader should look at first."""
+"""The words of an analysis: a description of its model, and the problems that a reader should look at first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xmoe_fairseq.moe.registry import router_class
 
 
 def describe(loaded: Loaded) -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the model and data of the figures."""
     model = vars(loaded.cfg.model) if hasattr(loaded.cfg.model, "__dict__") and "arch" in vars(loaded.cfg.model) else {}
     get = model.get if model else lambda name, default=None: getattr(loaded.cfg.model, name, default)
     layers = moe_layers(loaded.model)
@@ -38,7 +38,7 @@ def describe(loaded: Loaded) -> dict[str, Any]:
 
 
 def _router_settings(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat name -> value, or a list with one for each layer, of what the router of the MoE layers declares."""
+    """Flat name -> value of the settings that the router declares; a list where the layers differ."""
     configs = [layer.config for layer in layers.values()]
     shown = {}
     for setting in router_class(configs[0].router).settings if configs else ():
@@ -48,13 +48,13 @@ def _router_settings(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _threshold(layers: Mapping[str, Any]) -> float | list[float]:
-    """One number where all layers have the same, else one for each."""
+    """The threshold of all layers if it is one number, else a list of them."""
     found = [layer.config.threshold for layer in layers.values()]
     return found[0] if len(set(found)) == 1 else found
 
 
 def problems(result: dict[str, Any]) -> list[str]:
-    """What a reader should look at first, in words."""
+    """Sentences about problems that a reader should look at first."""
     found = []
     for label, layer in result["layers"].items():
         dead, experts = len(layer["dead_experts"]), layer["num_experts"]
@@ -76,7 +76,7 @@ def problems(result: dict[str, Any]) -> list[str]:
 
 
 def finite(value: Any) -> Any:
-    """The same value with null in place of NaN and infinity, which JSON does not have."""
+    """The same value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Running sums over batches: everything an analysis keeps of a layer, whatever the length of the test set.
+"""Running sums over batches, which are all that an analysis keeps of a layer, whatever the length of the test set.
 
 Axis letters: T tokens of a flattened batch, E experts, G groups of a grouping, A assignments of a plan, L layers.
 """
@@ -15,11 +15,11 @@ from xmoe_fairseq.moe import RoutingPlan
 from xmoe_fairseq.moe.statistics import routing_figures, routing_sums
 
 _SIZES = {name: len(names) for name, names in tokens.GROUP_NAMES.items()} | {"token": tokens.NUM_COMMON + 1}
-_IDLE_SHARE = 0.1  # of the even share: below it an expert is called nearly idle
+_IDLE_SHARE = 0.1  # of the even share; an expert with less is called nearly idle
 
 
 class LayerSums:
-    """Sums of one MoE layer. Memory: E * (E + 600) numbers, no matter how many sentences."""
+    """Sums of one MoE layer: E * (E + 600) numbers, whatever the number of sentences."""
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -28,7 +28,7 @@ class LayerSums:
         self.num_experts = num_experts
         self.scalars: dict[str, Tensor] = {}
         self.count_E, self.wanted_E = zeros(num_experts), zeros(num_experts)
-        self.tokens_with_N = zeros(num_experts + 1)  # tokens that N experts computed
+        self.tokens_with_N = zeros(num_experts + 1)  # at N: tokens that N experts computed
         self.rows_GE = {name: zeros(size, num_experts) for name, size in _SIZES.items()}
         self.tokens_G = {name: zeros(size) for name, size in _SIZES.items()}
         self.together_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
@@ -37,10 +37,10 @@ class LayerSums:
         """Add one forward pass.
 
         Args:
-            plan: what was computed.
+            plan: the plan that was computed.
             group_T: int64 (T,) per grouping, -1 at padding.
         Returns:
-            int64 (T,) twice: experts that computed each token, and the one of largest weight (-1 where none).
+            int64 (T,) twice: experts that computed each token, and the expert of largest weight (-1 where none).
         """
         for name, value in routing_sums(plan).items():
             self.scalars[name] = self.scalars.get(name, 0) + value.double()
@@ -54,7 +54,7 @@ class LayerSums:
         pairs = (plan.token_index_A, plan.expert_index_A)
         kept_TE[pairs] = 1.0
         self.together_EE += (kept_TE.t() @ kept_TE).double()
-        # + 1 so that a kept expert of weight 0 still beats one that was not kept
+        # plus 1, so that a kept expert of weight 0 counts more than one that was not kept
         weight_TE = kept_TE.index_put_(pairs, plan.weight_A.detach().float() + 1.0)
         return used_T, weight_TE.argmax(dim=-1).masked_fill(used_T == 0, -1)
 
@@ -101,7 +101,7 @@ class LayerSums:
         }
 
     def _typical_tokens(self, table: tokens.Vocabulary, number: int = 6) -> list[list[Any]]:
-        """Per expert the frequent tokens it serves most beyond its share: [token, rows, share of the token]."""
+        """For each expert the frequent tokens it serves most beyond its share: [token, rows, share of the token]."""
         rows = self.rows_GE["token"][: len(table.common_ids)].double()
         share = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1)
         usual = (rows.sum(dim=0) / rows.sum().clamp(min=1)).clamp(min=1e-12)
@@ -117,14 +117,14 @@ class LayerSums:
         ]
 
     def _co_selection(self) -> list[list[float]]:
-        """(E, E): tokens that both experts served / tokens that either did (Jaccard); 0 for idle ones."""
+        """(E, E): tokens that both experts served over tokens that either served (Jaccard); 0 for idle experts."""
         alone = self.together_EE.diagonal()
         either = alone.unsqueeze(0) + alone.unsqueeze(1) - self.together_EE
         return rounded(self.together_EE / either.clamp(min=1))
 
 
 class AgreementSums:
-    """Agreement of the layers of one stack: their first choices and numbers of experts, pair by pair of layers."""
+    """Agreement of the layers of one stack in first choices and numbers of experts, for each pair of layers."""
 
     def __init__(self, num_experts: list[int], device: torch.device) -> None:
         self.num_experts = num_experts
@@ -139,7 +139,7 @@ class AgreementSums:
         self.tokens = 0
 
     def add(self, used_LT: list[Tensor], first_LT: list[Tensor], real_T: Tensor) -> None:
-        """One forward pass: experts used (T,) and first choice (T,) of each layer, -1 where none."""
+        """Add one forward pass: experts used (T,) and first choice (T,) of each layer, -1 where none."""
         used = torch.stack([used[real_T] for used in used_LT]).double()
         self.sum_L += used.sum(dim=-1)
         self.product_LL += used @ used.t()
@@ -180,5 +180,5 @@ def normalised_mutual_information(joint: Tensor) -> float | None:
 
 
 def rounded(matrix: Tensor, digits: int = 3) -> list[list[float]]:
-    """A matrix as lists, short enough to embed."""
+    """A matrix as lists of rounded numbers, short enough to embed."""
     return [[round(value, digits) for value in row] for row in matrix.tolist()]

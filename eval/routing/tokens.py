@@ -1,4 +1,4 @@
-"""Groups of tokens that need no model: kind, frequency, place in the sentence.
+"""Group tokens without a model, by kind, frequency and place in the sentence.
 
 Axis letters: V vocabulary, B sentences, T tokens of a time-major flattened batch (row t * B + b, as the layers see it).
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("word start", "continuation", "punctuation", "digits", "special")
-# Occurrences in the analysed set, by powers of four.
+# Bands of occurrences in the analysed set, by powers of four.
 FREQUENCIES = ("1-3", "4-15", "16-63", "64-255", "256-1023", "1024-4095", "4096 and more")
 TENTHS = tuple(f"{start}-{start + 10}%" for start in range(0, 100, 10))
 NUM_COMMON = 512  # the most frequent tokens, for which each expert's share is kept
@@ -25,9 +25,9 @@ class Vocabulary:
     """Tables by token id, on the model's device.
 
     Attributes:
-        kind_V: int64, index into KINDS as far as the piece alone tells.
-        joins_next_V: bool, subword-nmt's ``@@``: the next piece continues this word.
-        band_V: int64, index into FREQUENCIES; 0 for what never occurs.
+        kind_V: int64, index into KINDS, judged by the piece alone.
+        joins_next_V: bool, True if the next piece continues this word (subword-nmt's ``@@``).
+        band_V: int64, index into FREQUENCIES; 0 for tokens that do not occur.
         common_V: int64, place among the ``NUM_COMMON`` most frequent tokens, ``NUM_COMMON`` for all others.
         common_ids: the ids at those places.
     """

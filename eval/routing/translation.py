@@ -1,4 +1,4 @@
-"""Translations with beam search, scored, and the routing of their tokens."""
+"""Translate with beam search, score the translations, and record the routing of their tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from eval.text.search import BeamSearch, Hypothesis
 from eval.text.subwords import load_subwords
 from xmoe_fairseq.moe import RoutingPlan, record_plans
 
-MAX_EXPERTS_SHOWN = 16  # of one token in one layer, the heaviest first
+MAX_EXPERTS_SHOWN = 16  # experts of one token in one layer, the largest weight first
 
 
 class Search:
-    """Beam search over a corpus, with the routing counted along the way."""
+    """A beam search over a corpus that also counts its routing."""
 
     def __init__(self, loaded: Loaded, subwords: str, *, beam: int = 5, max_tokens: int = 4096) -> None:
         self.loaded, self.max_tokens = loaded, max_tokens
@@ -29,7 +29,7 @@ class Search:
         self.search = BeamSearch(loaded, self.bpe, beam=beam)
 
     def translate(self, corpus: Corpus, indices: np.ndarray) -> tuple[dict[int, Hypothesis], dict[str, Any]]:
-        """Translate some sentences: sentence -> translation; and the routing figures counted while searching."""
+        """Translate some sentences. Returns: sentence -> translation, and the routing figures of the search."""
         found: dict[int, Hypothesis] = {}
         sums: dict[str, dict[str, float]] = {}
         for sample in corpus.samples(corpus.batches(indices, self.max_tokens), self.loaded.device):
@@ -39,13 +39,13 @@ class Search:
         return found, summed_figures(sums)
 
     def references(self, corpus: Corpus, indices: Sequence[int]) -> dict[int, str]:
-        """The targets of the corpus as the subword model gives them back: normalised, unknown symbols lost."""
+        """The targets of the corpus as the subword model decodes them: normalised, without unknown symbols."""
         dictionary = self.loaded.task.target_dictionary
         return {int(i): self.bpe.decode(dictionary.string(corpus.dataset[int(i)]["target"])) for i in indices}
 
 
 def scores(translations: dict[int, Hypothesis], references: dict[int, str], language: str) -> dict[str, float]:
-    """BLEU and chrF2++ of the translated sentences; empty where every translation is empty."""
+    """BLEU and chrF2++ of the translated sentences; empty if every translation is empty."""
     order = sorted(translations)
     hypotheses = [translations[i].text for i in order]
     if not any(line.strip() for line in hypotheses):
@@ -66,8 +66,9 @@ def routing_of(
         source, target: subwords, separated by spaces.
     Returns:
         per sentence, in order: ``source`` and ``target`` tokens as the stacks see them (the decoder's first is the end
-        mark), and ``routing``: layer label -> per token ``[n, expert, weight, expert, weight, ...]``, heaviest first,
-        n the experts that computed it, at most ``MAX_EXPERTS_SHOWN`` listed. Too long sentences are left out (None).
+        mark), and ``routing``: layer label -> per token ``[n, expert, weight, expert, weight, ...]``. n
+        experts computed the token; at most ``MAX_EXPERTS_SHOWN`` of them are listed, by falling weight. None stands
+        for a sentence that is too long.
     """
     corpus = from_lines(loaded, source, target)
     result: list[Any] = [None] * len(source)
@@ -96,7 +97,7 @@ def _sentence(row: int, sides: dict[str, tuple[Tensor, Any]], assigned: dict[str
 
 
 def token_experts(plan: RoutingPlan) -> list[list[float]]:
-    """Per row of the flattened batch ``[n, expert, weight, ...]``, heaviest first (ties: lower expert first)."""
+    """For each row of the flattened batch ``[n, expert, weight, ...]``, by falling weight, then by expert."""
     pairs: list[list[tuple[float, int]]] = [[] for _ in range(plan.num_tokens)]
     columns = (plan.token_index_A.tolist(), plan.expert_index_A.tolist(), plan.weight_A.tolist())
     for token, expert, weight in zip(*columns, strict=True):

@@ -1,1 +1,1 @@
-"""What is known of one training: its log, its curves."""
+"""One training and its run: log, curves, settings, figures, report."""

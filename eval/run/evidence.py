@@ -1,4 +1,4 @@
-"""What a report says beside the scores: the data behind them, what was cut, and what the model costs."""
+"""The facts that stand beside the scores in a report: training data, cut lines, and the cost of the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def count_pairs(data: str | Path, pair: str) -> int:
 def data_figures(
     data: str | Path, pair: str, *, lengths: str | None, overlap: str | None, corpora: str | None, cut: str | None
 ) -> dict[str, Any]:
-    """The data of a run.
+    """Facts about the data of a run. None or an absent file adds nothing.
 
     Args:
-        lengths: JSON of ``data_prep.lengths``; overlap: of ``data_prep.validate``; cut: of ``data_prep.subwords``, for
-            the source of the test set; corpora: list of ``data_prep/download_wmt23.sh``. None or an absent file says
-            nothing.
+        lengths: JSON of ``data_prep.lengths``.
+        overlap: JSON of ``data_prep.validate``.
+        cut: JSON of ``data_prep.subwords encode`` on the source of the test set.
+        corpora: list of ``data_prep/download_wmt23.sh``.
     """
     left_out = []
     if corpora and Path(corpora).is_file():
@@ -51,10 +52,11 @@ def _json(path: str | None) -> dict[str, Any]:
 
 
 def at_length_limit(lines: Iterable[str], *, max_len_a: float, max_len_b: int, positions: int) -> int:
-    """Hypotheses of fairseq-generate's output that end because they reached the most tokens allowed.
+    """Count the hypotheses of fairseq-generate's output that end because they reached the most tokens allowed.
 
-    fairseq allows ``max_len_a`` times the length of the *longest* source of the batch, end mark included, plus
-    ``max_len_b``; with ``max_len_a`` above 0 a sentence counts that reached its own limit, which may be a few too many.
+    fairseq allows ``max_len_a`` times the length of the longest source of the batch, end mark included, plus
+    ``max_len_b``. If ``max_len_a`` is above 0, a sentence counts that reached the limit of its own source, which may
+    count a few too many.
     """
     source_lengths: dict[str, int] = {}
     reached = 0
@@ -68,14 +70,14 @@ def at_length_limit(lines: Iterable[str], *, max_len_a: float, max_len_b: int, p
 
 
 def inference_figures(analysis: dict[str, Any]) -> dict[str, Any]:
-    """What the MoE layers cost per token when the test set goes through them, counted from the routing plans.
+    """Costs of the MoE layers per token of the test set, counted from the routing plans.
 
     Args:
-        analysis: of eval.analyse: teacher forcing over the whole set, with the settings of the translation.
+        analysis: JSON of eval.analyse over the whole set (teacher forcing), with the settings of the translation.
     Returns:
         ``flops_per_token``: encoder -> FLOPs of its MoE layers' experts per source token, decoder -> per target token
-        (2 per multiply-add; gates, biases and activations not counted); ``relative_flops``: to the dense FFNs of the
-        same layers (1 without MoE layers); ``experts_per_token``: mean over layers; and what was measured.
+        (2 per multiply-add, without gates, biases and activations). ``relative_flops``: relative to the dense FFNs of
+        the same layers (1 without MoE layers). ``experts_per_token``: mean over layers. ``set`` and ``checkpoint``.
     """
     layers: dict[str, Any] = analysis["layers"]
     per_side = {"encoder": 0.0, "decoder": 0.0}
@@ -110,7 +112,7 @@ def routing_of(analysis: dict[str, Any], figures: Iterable[str]) -> dict[str, An
 
 
 def cost_line(report: dict[str, Any]) -> str:
-    """What the MoE layers cost at inference, to stand beside a score; empty without an analysis."""
+    """One sentence on the cost of the MoE layers at inference; empty without an analysis."""
     inference = report.get("inference")
     if not inference:
         return ""
@@ -126,7 +128,7 @@ def cost_line(report: dict[str, Any]) -> str:
 
 
 def evidence_rows(report: dict[str, Any]) -> dict[str, str]:
-    """Rows about the data, what was cut, what was averaged and what changed while the training went on."""
+    """Rows about the data, cut lines, averaged checkpoints and settings that changed during the training."""
     generation, data = report["generation"], report.get("data")
     facts = {
         "translations at the length limit": f"{generation['at_length_limit']} (max-len-a {generation['max_len_a']:g}, "

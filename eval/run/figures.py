@@ -41,7 +41,7 @@ def routing_figures(figures: dict[str, float]) -> dict[str, Any]:
 
 
 def training_figures(records: Sequence[Record]) -> dict[str, Any]:
-    """What the training came to. Raises: ValueError if the log holds no end of an epoch."""
+    """Updates, time, losses and routing of the training. Raises: ValueError if the log holds no end of an epoch."""
     train, valid = last_figures(records, "train"), last_figures(records, "valid")
     if not train:
         raise ValueError("the training log holds no figures; was it written with common.log_format=json?")
@@ -66,7 +66,7 @@ def generation_speed(paths: Sequence[str]) -> dict[str, float | None]:
     """Sentences, target tokens and seconds out of fairseq-generate's standard error and standard output.
 
     The summary line goes to either, depending on whether fairseq or hydra configured logging first.
-    Raises: FileNotFoundError; ValueError if no file has the summary line, that is, translation did not end.
+    Raises: FileNotFoundError; ValueError if no file has the summary line, because the translation did not end.
     """
     text = "\n".join(files.read_bytes(path).decode("utf-8", errors="replace") for path in paths)
     found = _SPEED.search(text)
@@ -90,7 +90,7 @@ def resolved_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same value made of what JSON has; an argparse.Namespace becomes a dictionary."""
+    """The same value in JSON's types; an argparse.Namespace becomes a dictionary."""
     if isinstance(value, argparse.Namespace):
         return _plain(vars(value))
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def calibrated_figures(paths: Sequence[str]) -> dict[str, Any]:
-    """What ``eval.calibrate`` reports say, and the scores beside them, by goal such as ``loss:0.01``.
+    """The reports of ``eval.calibrate`` and the scores beside them, by goal such as ``loss:0.01``.
 
     A report of a model that has nothing to calibrate adds nothing.
     """
@@ -121,7 +121,7 @@ def calibrated_figures(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide a score; those not installed are left out."""
+    """Versions of Python and of the installed packages that can change a score."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

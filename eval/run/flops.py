@@ -13,14 +13,14 @@ _NO_PRODUCT = ("embed_tokens", "embed_positions", "layer_norm", "layernorm")
 def flops_per_token(model: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs of matrix products for one token on each side of the model, 2 per multiply-add.
 
-    Attention scores, whose cost grows with the length, are left out; gates are counted.
+    Gates are counted. Attention scores, whose cost grows with the length, are not.
 
     Args:
         model: a checkpoint's tensors.
         settings: its model's settings, for the width of the dense FFN that a MoE layer stands for.
     Returns:
-        ``shared``: of everything but experts; ``moe_as_dense``: of dense FFNs in place of the MoE layers, to be
-        multiplied with a measured cost relative to dense (0 for a dense model, whose FFNs are in ``shared``).
+        ``shared``: FLOPs of everything but experts. ``moe_as_dense``: FLOPs of dense FFNs in place of the MoE layers,
+        to be multiplied by a measured cost relative to dense (0 for a dense model, whose FFNs are in ``shared``).
     """
     shared = as_dense = 0.0
     for name, tensor in model.items():

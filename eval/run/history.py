@@ -1,4 +1,4 @@
-"""What a training log tells: learning curves, and the routing of every layer against updates (the paper's Fig 5)."""
+"""Learning curves of a training log, and the routing of every layer against updates (the paper's Fig 5)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read_history(path: str) -> dict[str, Any]:
 
 def _thin(records: Sequence[Record]) -> list[Record]:
     step = -(-len(records) // MAX_POINTS) or 1
-    return list(records[::-1][::step][::-1])  # counted from the end: the last point stays
+    return list(records[::-1][::step][::-1])  # counted from the end, so that the last point stays
 
 
 def _curves(records: Sequence[Record], names: Sequence[str]) -> dict[str, list[float | None]]:

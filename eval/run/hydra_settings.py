@@ -24,7 +24,7 @@ def quoted(text: str) -> str:
 
 
 def parse_override(override: str) -> tuple[str, Any, str]:
-    """Key, value, and the words for hydra of ``KEY=VALUE``; a value outside hydra's grammar (``it's``) is a string."""
+    """Key and value of ``KEY=VALUE``, and the word for hydra; a value outside its grammar (``it's``) is a string."""
     key, _, text = override.partition("=")
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -47,7 +47,7 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Settings:
 
 
 def read_settings(config: str | Path, overrides: Sequence[str]) -> Settings:
-    """The settings of a YAML of train_configs/ with ``--set`` applied, flat. Raises: ValueError."""
+    """The flat settings of a YAML of train_configs/ with ``--set`` applied. Raises: ValueError."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(config), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -62,7 +62,7 @@ def read_settings(config: str | Path, overrides: Sequence[str]) -> Settings:
 
 
 def limits(settings: Settings) -> tuple[int, int, int]:
-    """Positions of source and target, end mark included, and tokens of a training batch (0: no limit)."""
+    """The most positions of source and target, end mark included, and tokens of a training batch (0: no limit)."""
     sides = [
         min(int(settings.get(f"{group}.max_{side}_positions") or 1024) for group in ("model", "task"))
         for side in ("source", "target")

@@ -1,4 +1,4 @@
-"""A run as the reports see it: its name, what eval.analyse found, and what eval.run_report wrote down."""
+"""A run as the reports read it: its name and the files of eval.analyse and eval.run_report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run; every part that it lacks reads as empty.
+    """One run; a part that it lacks is empty.
 
     Attributes:
-        name: what a page calls it.
+        name: its title on a page.
         analysis: content of analysis.json, or None.
         report: content of scores.json, or None.
     """

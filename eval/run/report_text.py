@@ -1,4 +1,4 @@
-"""report.md of one run: scores, sample translations, routing and the facts of the run, from scores.json."""
+"""Write report.md of one run from scores.json: scores, sample translations, routing and the facts of the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUTING_FIGURES = {
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The whole of report.md."""
+    """The text of report.md."""
     training, generation = report["training"], report["generation"]
     length = f"{training['updates']} updates, {training['epochs']} epochs, {_cell(training['seconds'])} s"
     facts = {
@@ -52,7 +52,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def summary(report: dict[str, Any], num_samples: int) -> str:
-    """Scores, sample translations and routing: what a terminal shows at the end of a run."""
+    """Scores, sample translations and routing, which a terminal shows at the end of a run."""
     shown = [
         f"source       {source}\nreference    {reference}\ntranslation  {hypothesis}"
         for source, reference, hypothesis in samples(report, num_samples)
@@ -73,9 +73,9 @@ def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
 
 
 def routing_table(report: dict[str, Any]) -> str:
-    """Markdown table of the routing per layer, saying of which checkpoint and which text.
+    """A Markdown table of the routing per layer, with the checkpoint and the text that it belongs to.
 
-    That of the analysis, which report.html shows too; without one, that of the training log.
+    It is the routing of the analysis, as in report.html, or without one that of the training log.
     """
     routing = report["routing"]
     name = next((name for name in ("test", "valid") if routing.get(name, {}).get("layers")), "train")
@@ -90,7 +90,7 @@ def routing_table(report: dict[str, Any]) -> str:
 
 
 def price_table(report: dict[str, Any]) -> str:
-    """Markdown table of the model as trained and at other prices of inference; empty where there are none."""
+    """A Markdown table of the model as trained and at other prices of inference; empty if there are none."""
     if not report["calibrated"]:
         return ""
     before = next(iter(report["calibrated"].values()))["before"]

@@ -1,7 +1,7 @@
-"""Whether a training that was begun can be continued with the settings given now, and what changed while it ran.
+"""Decide whether a begun training can be continued with other settings, and tell what changed while it ran.
 
-CHECKPOINTS/settings.json keeps the settings of every start. What a resume takes over (more updates, patience, save
-intervals, workers, devices, precision) may change, everything else may not.
+CHECKPOINTS/settings.json keeps the settings of every start. Settings that a resume takes over (more updates, patience,
+save intervals, workers, devices, precision) may change; no others may.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAKE_LONGER = (
     "optimization.stop_*",
     "checkpoint.patience",
 )
-# Which checkpoint is best, what is learned from and the seed stay; the rest of these groups is how, not what.
+# Of the groups that may change, the measure of the best checkpoint, the data and the seed must stay.
 STAY = (
     "checkpoint.best_checkpoint_metric",
     "checkpoint.maximize_best_checkpoint_metric",
@@ -58,7 +58,7 @@ class OtherTraining(Exception):
 
 
 def may_change(name: str) -> bool:
-    """Whether a begun training can take over another value of the setting ``name`` (``group.key``)."""
+    """True if a begun training can take over another value of the setting ``name`` (``group.key``)."""
     return not _matches(name, STAY) and _matches(name, MAY_CHANGE)
 
 
@@ -67,7 +67,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def signature(settings: Settings) -> list[str]:
-    """Lines ``name=value`` of what decides the trained model and how long it is trained; comments do not count."""
+    """Lines ``name=value`` of the settings that decide the trained model and how long it is trained."""
     return [
         f"{name}={_shown(value)}"
         for name, value in sorted(settings.items())
@@ -82,7 +82,7 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
 
 
 def describe(difference: tuple[str, Any, Any]) -> str:
-    """One line for people: ``model.dropout: 0.1, now 0.3``."""
+    """One readable line, such as ``model.dropout: 0.1, now 0.3``."""
     name, old, new = difference
     return name if name.startswith("content of") else f"{name}: {_shown(old)}, now {_shown(new)}"
 
@@ -95,8 +95,8 @@ class Training:
     """The training in a folder of checkpoints.
 
     Attributes:
-        is_begun: whether there is any checkpoint.
-        updates: those of checkpoint_last.pt; 0 if not begun, None if that file cannot be read.
+        is_begun: True if there is any checkpoint.
+        updates: number in checkpoint_last.pt; 0 if not begun, None if that file cannot be read.
         segments: ``{"update": N, "settings": {...}, "facts": {...}}`` from each (re)start with other settings on.
     """
 
@@ -124,13 +124,13 @@ class Training:
         return None if self._state is None else num_updates(self._state)
 
     def check(self, settings: Settings, facts: Mapping[str, str]) -> list[str]:
-        """Compare with what the training was begun with.
+        """Compare with the settings and facts of the last start.
 
         Args:
             settings: flat, of `read_settings`.
-            facts: what else the model depends on, such as the content of the training text; a name that only one of
-                the two sides has is not compared, so facts that are known later can be checked later.
-        Returns: what differs and may, in words.
+            facts: other things that the model depends on, such as the content of the training text. Only names that
+                both sides have are compared, so that facts that are known later can be checked later.
+        Returns: a line for each setting that differs and may.
         Raises: OtherTraining.
         """
         if not self.is_begun:
@@ -145,7 +145,7 @@ class Training:
         return [describe(item) for item in changed]
 
     def _kept_by_checkpoint(self, settings: Settings) -> Settings:
-        """For a training without settings.json: what its last checkpoint says of the settings given now."""
+        """The last checkpoint's values of the settings given now, for a training without settings.json."""
         return {name: self._of_checkpoint(name, value) for name, value in settings.items()}
 
     def _of_checkpoint(self, name: str, otherwise: Any) -> Any:
@@ -155,17 +155,17 @@ class Training:
         return content.get(key, otherwise)
 
     def _is_default(self, difference: tuple[str, Any, Any]) -> bool:
-        """Whether a setting is only now written down, with the value that the checkpoint says it had."""
+        """True if a setting is given for the first time, with the value that the checkpoint holds."""
         name, old, new = difference
         return old is _ABSENT and self._of_checkpoint(name, _ABSENT) == new
 
     def is_done(self, settings: Settings) -> bool:
-        """Whether nothing is left to train; fairseq itself would add an update."""
+        """True if no update is left to train; fairseq itself would add one."""
         max_update = settings.get("optimization.max_update") or 0
         return bool(self.updates and 0 < int(max_update) <= self.updates)
 
     def write(self, settings: Settings, facts: Mapping[str, str]) -> None:
-        """Note the settings of a start, beside those of earlier ones."""
+        """Write the settings of a start beside those of earlier ones."""
         now = {"update": self.updates, "settings": settings, "facts": dict(facts)}
         earlier = self.segments if self.is_begun else []
         if earlier and earlier[-1]["settings"] == settings:
@@ -175,7 +175,7 @@ class Training:
 
 
 def changes(folder: str | Path) -> list[str]:
-    """What changed while a training went on: ``update 40: optimization.max_update: 40, now 60``."""
+    """Lines of what changed while a training ran, such as ``update 40: optimization.max_update: 40, now 60``."""
     segments = Training(folder).segments
     return [
         f"update {later['update']}: " + "; ".join(map(describe, differences(before["settings"], later["settings"])))

@@ -1,4 +1,4 @@
-"""Read fairseq's JSON training log; as a command, keep it in a file and show it as a progress bar.
+"""Read fairseq's JSON training log. As a command, copy it to a file and show it as a progress bar.
 
 fairseq-hydra-train ... common.log_format=json 2>&1 | python -m eval.run.training_log --log train.log
 """
@@ -24,7 +24,7 @@ _RECORD = re.compile(r'\b(train_inner|train|valid\w*|test\w*)(?: \| |\]\[INFO\] 
 _MESSAGE = re.compile(r"^(?:\[?\d{4}-\d\d-\d\d |Traceback |(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):|\S+: \w*Warning: )")
 _LOUD = re.compile(r"Traceback |\b(?:WARNING|ERROR|CRITICAL)\b")
 _MAX_UPDATE = re.compile(r"'max_update': (\d+)")
-# A figure of one MoE layer, as the criterions name it: side, index, figure.
+# The criterions' name of a figure of one MoE layer: side, index, figure.
 LAYER_FIGURE = re.compile(r"moe_(encoder|decoder)_?(\d+)_(\w+)")
 _SHOWN = {
     ("train", "loss"): "loss",
@@ -36,7 +36,7 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Record:
-    """One line of figures.
+    """The figures of one line.
 
     Attributes:
         kind: ``train_inner`` (every ``log_interval`` updates), ``train`` (end of an epoch) or a valid subset.
@@ -77,7 +77,7 @@ def parse_line(line: str) -> Record | None:
 
 
 def _number(value: object) -> float | None:
-    """fairseq writes its figures as strings such as "3.142", "None" or "nan"."""
+    """The number in one of fairseq's strings such as "3.142", "None" or "nan"; None if there is none."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -106,15 +106,15 @@ def _without_repeats(records: Iterable[Record]) -> list[Record]:
 
 
 def last_figures(records: Sequence[Record], kind: str) -> dict[str, float]:
-    """The last line of one kind; empty if there is none."""
+    """The figures of the last line of one kind; empty if there is none."""
     return next((dict(record.figures) for record in reversed(records) if record.kind == kind), {})
 
 
 class Progress:
-    """Shows a training on standard error: a bar moved by the figures, and warnings and errors above it."""
+    """Shows a training on standard error: a bar that follows the updates, with warnings and errors above it."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[None] | None = None  # made by the first figures: before them there is no progress
+        self._bar: tqdm[None] | None = None  # made when the first figures come
         self._total: int | None = None
         self._shown: dict[str, str] = {}
         self._quiet: deque[str] = deque(maxlen=20)
@@ -129,7 +129,7 @@ class Progress:
             return
         if self._total is None and (found := _MAX_UPDATE.search(line)):
             self._total = int(found[1]) or None
-        if found := _MESSAGE.search(line):  # other lines continue the message before them
+        if found := _MESSAGE.search(line):  # a line that starts no message continues the one before it
             self._is_loud = bool(_LOUD.search(line[:80]))
         if self._is_loud:
             self._write(line)
@@ -137,7 +137,7 @@ class Progress:
             self._quiet.append(line[:400])
 
     def close(self) -> None:
-        """End the bar; if the training did not say that it is done, show its last lines."""
+        """End the bar, and show the last lines of a training that did not say that it is done."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Settings of a training: as hydra reads them, and whether a training that was begun can be continued with them.
+"""Answer a script's questions about the settings of a training; one command for each question.
 
 ``overrides`` prints KEY=VALUE words quoted for hydra, ``signature`` the settings that decide the trained model,
 ``limits`` the positions and tokens that they allow, and ``check`` compares them with the settings that a training keeps

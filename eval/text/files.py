@@ -1,4 +1,4 @@
-"""Text files with one segment a line: strict reading, and writing that never leaves half a file."""
+"""Read text files with one segment a line strictly, and write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from xmoe_fairseq.files import sha256_of, write_aside
 
-# Line and paragraph separators: many tools break lines at them, so they shift every later line.
+# Many tools break lines at the line and paragraph separators, which shifts every later line.
 _HIDDEN_BREAKS = {"\u2028": "U+2028", "\u2029": "U+2029"}
 
 
@@ -81,7 +81,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def describe_file(path: str | Path, lines: list[str]) -> dict[str, Any]:
-    """What a report keeps about an input: path, sha256 of its bytes, number of lines."""
+    """Path, sha256 and number of lines of an input, for a report."""
     return {"path": str(path), "sha256": sha256_of(path), "lines": len(lines)}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints, ready for inference, with the task they were trained for: the one place of eval/ that loads models."""
+"""Load checkpoints for inference with the task they were trained for; all of eval/ loads its models here."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Loaded:
     """Models in eval mode on their device.
 
     Attributes:
-        paths, models: one file and one model each; several make an ensemble.
-        num_updates: updates the first was trained for; None where the file does not tell (averages, exports).
+        paths, models: a file and its model each; several make an ensemble.
+        num_updates: updates of the first model; None if its file does not tell (averages, exports).
     """
 
     paths: tuple[str, ...]
@@ -34,7 +34,7 @@ class Loaded:
 
     @property
     def model(self) -> nn.Module:
-        """The first, for analyses that look inside one."""
+        """The first model, for analyses of a single one."""
         return self.models[0]
 
     @property
@@ -99,7 +99,7 @@ def _translation(data: str, languages: tuple[str, str]) -> TranslationTask:
 
 def _check_languages(shown: str, cfg: Any, languages: tuple[str, str] | None) -> None:
     trained = (cfg.task.source_lang, cfg.task.target_lang) if languages else None
-    if trained and None not in trained and trained != languages:  # None where fairseq-train found them by itself
+    if trained and None not in trained and trained != languages:  # None if fairseq-train found the languages by itself
         raise ValueError(f"{shown}: trained for {'-'.join(trained)}, asked for {'-'.join(languages)}")
 
 

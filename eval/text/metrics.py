@@ -1,4 +1,4 @@
-"""sacreBLEU's metrics with this project's settings, the only place that holds them.
+"""sacreBLEU's metrics with this project's settings, which stand only here.
 
 BLEU and chrF2++ are the paper's: ``nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp`` and
 ``nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no`` (XMoE, arXiv:2403.18926, section 4).
@@ -37,7 +37,7 @@ def build_metrics(names: Sequence[str], target_language: str, references: Sequen
     """sacreBLEU metric objects with cached references.
 
     BLEU takes sacreBLEU's tokenizer of the language (zh, ja-mecab, ko-mecab, 13a for all others). TER splits
-    Chinese and Japanese into characters, since words are what it counts.
+    Chinese and Japanese into characters, since it counts words.
 
     Args:
         names: out of `METRICS`.
@@ -62,7 +62,7 @@ def build_metrics(names: Sequence[str], target_language: str, references: Sequen
 
     try:
         return {name: build(name) for name in names}
-    except RuntimeError as error:  # a tokenizer's missing extra
+    except RuntimeError as error:  # a tokenizer's packages are missing
         raise ValueError(f"target language {language}: {' '.join(str(error).split())}") from None
 
 
@@ -93,7 +93,7 @@ def check_parallel(named: dict[str, list[str]]) -> None:
 
 
 def check_not_empty(name: str, hypotheses: Sequence[str]) -> int:
-    """Number of empty hypotheses. Raises: ValueError if there is no other kind."""
+    """The number of empty hypotheses. Raises: ValueError if all are empty."""
     empty = sum(not line.strip() for line in hypotheses)
     if empty == len(hypotheses):
         raise ValueError(f"{name}: all {empty} hypotheses are empty; the translation step went wrong")

@@ -1,4 +1,4 @@
-"""fairseq's beam search over samples: the one search that translations, the web page and the analyses share."""
+"""fairseq's beam search over samples, shared by translations, the web page and the analyses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """Search with the models of one `Loaded`.
+    """A beam search with the models of one `Loaded`.
 
     Attributes:
         generator: fairseq's object.
@@ -57,7 +57,7 @@ class BeamSearch:
         self._strip = get_symbols_to_strip_from_output(self.generator)
 
     def best(self, sample: dict[str, Any]) -> dict[int, Hypothesis]:
-        """Sentence of a fairseq sample, by its id -> its best translation."""
+        """Search one fairseq sample. Returns: id of a sentence -> its best translation."""
         found = self.loaded.task.inference_step(self.generator, self.loaded.models, sample)
         source_length = sample["net_input"]["src_tokens"].size(1)
         settings = self.settings

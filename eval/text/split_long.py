@@ -1,12 +1,12 @@
-"""Cut a text that is too long for a model into chunks that fit, at the most natural places."""
+"""Cut a text that is too long for a model into chunks that fit, at sentence ends, commas or spaces."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-# From best to worst place to cut, always after the matched characters. The marks of Chinese and Japanese
-# need no space behind them.
+# Places to cut, the best first; a cut is after the matched characters. Marks of Chinese and Japanese need no space
+# behind them.
 _BOUNDARIES = (
     re.compile(r"(?<=[.!?…؟]\s)|(?<=[.!?…؟][\"'»”’)\]]\s)|(?<=[。！？])"),  # sentences
     re.compile(r"(?<=[,;:،؛]\s)|(?<=[，；：、])"),  # clauses

@@ -1,4 +1,4 @@
-"""Text to subwords and back, for whatever made the subwords."""
+"""Text to subwords and back, for folders of data_prep.subwords and for single model files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.subword_coding import Coder
 
 
 class Subwords(Protocol):
-    """What a `Translator` asks of its subwords: text to subwords joined by spaces, and back."""
+    """The interface that a `Translator` uses: text to subwords joined by spaces, and back."""
 
     def encode(self, text: str) -> str: ...
 
@@ -48,7 +48,7 @@ def load_subwords(path: str, source_lang: str, target_lang: str) -> Subwords:
         if _is_text(path):
             return SubwordNMTBPE(SubwordNMTBPEConfig(bpe_codes=path))
         return SentencepieceBPE(SentencepieceConfig(sentencepiece_model=path))
-    except (Exception, SystemExit) as error:  # each library has its own; subword-nmt ends the process
+    except (Exception, SystemExit) as error:  # each library raises its own errors, and subword-nmt ends the process
         raise ValueError(f"subwords {path}: cannot be read as {kind} ({error})") from None
 
 

@@ -1,6 +1,6 @@
-"""Translator: raw text in, raw text out, with fairseq's own loading, batching and beam search.
+"""Translate raw text into raw text, with fairseq's own loading, batching and beam search.
 
-Load once, translate often; the command line (eval.translate), the web page and the analyses share it.
+A `Translator` loads its models once. The command line (eval.translate), the web page and the analyses share it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DEFAULT_MAX_TOKENS = 12000  # fairseq-generate's own default
 
 @dataclass(frozen=True)
 class TranslatorConfig:
-    """What a `Translator` needs to know; the names and defaults are those of fairseq-generate.
+    """The settings of a `Translator`; names and defaults are those of fairseq-generate.
 
     Attributes:
         paths: checkpoint files; several make an ensemble.
@@ -64,7 +64,7 @@ class TranslatorConfig:
     device: str | None = None
 
     def check(self) -> None:
-        """Raise ValueError or FileNotFoundError for what can be seen to be wrong without loading anything."""
+        """Raise ValueError or FileNotFoundError for settings that are wrong, without loading anything."""
         for name in ("beam", "batch_size", "max_tokens", "max_length", "max_len_b"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,9 +115,9 @@ class Translator:
     """
 
     def __init__(self, config: TranslatorConfig) -> None:
-        """Load everything.
+        """Load models, dictionaries and subwords.
 
-        Raises: ValueError or FileNotFoundError, saying what is missing, broken or does not fit.
+        Raises: ValueError or FileNotFoundError, which name what is missing, broken or does not fit.
         """
         config.check()
         self.config = config

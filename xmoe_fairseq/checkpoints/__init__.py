@@ -1,6 +1,6 @@
-"""Loading, importing, averaging and exporting checkpoints."""
+"""Load, check, import, average, quantise and export checkpoints."""
 
 from importlib.util import find_spec
 
 if find_spec("fairseq") is not None:
-    import fairseq  # noqa: F401  the door opens first, while no module of this folder is half imported
+    import fairseq  # noqa: F401  first, since this import registers the package, which imports this folder

@@ -1,6 +1,6 @@
 """Average the weights of several checkpoints of one training run.
 
-fairseq's own scripts/average_checkpoints.py does not load under torch's weights_only protection; this does.
+Unlike fairseq's own scripts/average_checkpoints.py, this works under torch's weights_only protection.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .files import CheckpointError, State, load_checkpoint, num_updates, save_ch
 
 
 class Candidate(NamedTuple):
-    """``score`` is fairseq's --best-checkpoint-metric when the file was written; None if it did not validate then."""
+    """A checkpoint; ``score`` is its --best-checkpoint-metric, None if fairseq did not validate when it was written."""
 
     path: Path
     updates: int
@@ -31,10 +31,10 @@ def average_checkpoints(paths: Sequence[str | Path]) -> State:
     """The last checkpoint of ``paths`` with the mean of all weights, without optimiser state.
 
     Means are taken in float64 and rounded to each tensor's own dtype; tensors of integers must be equal. Tensors that
-    share memory (tied embeddings) still do.
+    share memory (tied embeddings) still share it.
 
     Raises:
-        CheckpointError: no input, a damaged or unsafe one, or names, shapes, dtypes or integers that differ.
+        CheckpointError: no input, a damaged or unsafe file, or names, shapes, dtypes or integers that differ.
     """
     if not paths:
         raise CheckpointError("nothing to average: give at least one checkpoint")
@@ -45,7 +45,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> State:
     state = without_optimizer(states[-1])
     state["model"] = _mean_model(models)
     extra = {**(state.get("extra_state") or {}), "averaged_from": [Path(path).name for path in paths]}
-    extra.pop("val_loss", None)  # the last one's score is not the average's
+    extra.pop("val_loss", None)  # the score of the last checkpoint is not that of the average
     state["extra_state"] = extra
     return state
 
@@ -118,7 +118,7 @@ def candidates(folder: str | Path) -> list[Candidate]:
 
 
 def choose_last(folder: str | Path, num: int, *, allow_fewer: bool = False) -> list[Candidate]:
-    """The ``num`` checkpoints with the most updates; all there are, at least one, if ``allow_fewer``."""
+    """The ``num`` checkpoints with the most updates; with ``allow_fewer`` all of a smaller number, at least one."""
     return _enough(candidates(folder), num, folder, allow_fewer)[-num:]
 
 
@@ -172,7 +172,7 @@ def _chosen(args: argparse.Namespace) -> Iterable[Candidate]:
 
 @reports_errors("average")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     paths = args.checkpoints
     if paths is None:

@@ -23,7 +23,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("export-safetensors")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     print(export_safetensors(load_checkpoint(args.checkpoint), args.out))
 

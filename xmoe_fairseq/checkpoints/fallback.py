@@ -1,4 +1,4 @@
-"""The last good checkpoint of a folder."""
+"""Find the last good checkpoint of a folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 def latest_good(folder: str | Path) -> Path:
     """The undamaged ``checkpoint*.pt`` with the most updates that training can continue from.
 
-    Of several with equally many, the one named ``checkpoint_last.pt``, else the newest. Every file passed over is named
-    in a warning with the reason. Averages are passed over: they hold no optimiser state.
+    Of several with equally many it is the one named ``checkpoint_last.pt``, else the newest. A warning names every file
+    that is passed over and the reason. Averages are passed over because they hold no optimiser state.
 
     Raises:
         CheckpointError: there is none.
@@ -22,7 +22,9 @@ def latest_good(folder: str | Path) -> Path:
     found = []
     for path in Path(folder).glob("checkpoint*.pt"):
         try:
-            state = load_checkpoint(path, verify=False, mmap=True)  # contents only; damage is looked for below
+            state = load_checkpoint(
+                path, verify=False, mmap=True
+            )  # reads the contents only; latest_good checks for damage below
         except (CheckpointError, OSError) as error:
             logger.warning("passed over: %s", error)
             continue

@@ -1,7 +1,7 @@
-"""Reading and writing checkpoint files: no code of a file runs, damaged files are refused, files are written whole.
+"""Read and write checkpoint files: no code of a file runs, damaged files are refused, files are written whole.
 
-``torch.save`` writes a zip archive with a CRC-32 of every record, which ``torch.load`` does not look at. It is checked
-here, so damage is found in the files of stock ``fairseq-train`` without a checksum file beside them.
+``torch.save`` writes a zip archive with a CRC-32 of every record, which ``torch.load`` ignores. It is checked here, so
+that damage is found in the files of stock ``fairseq-train`` without a checksum file beside them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UnsafeCheckpointError(CheckpointError):
 
 
 def load_checkpoint(path: str | Path, *, verify: bool = True, mmap: bool = False) -> State:
-    """Read a fairseq checkpoint on to the CPU; code in it is never run.
+    """Read a fairseq checkpoint on to the CPU without running code in it.
 
     Args:
         path: a ``.pt`` file of fairseq.
@@ -71,10 +71,10 @@ def load_checkpoint(path: str | Path, *, verify: bool = True, mmap: bool = False
 
 
 def verify_file(path: str | Path) -> bool:
-    """Check the file as written, without unpickling anything.
+    """Check the bytes of the file without unpickling anything.
 
     Returns:
-        Whether the file carries checksums (all agreed); False for the format that torch wrote before 1.6.
+        True if the file has checksums, which all agreed; False for the format that torch wrote before 1.6.
     """
     path = Path(path)
     if not _is_archive(path):
@@ -108,25 +108,25 @@ def verify_file(path: str | Path) -> bool:
 
 
 def save_checkpoint(state: State, path: str | Path) -> None:
-    """Write ``state`` beside ``path``, then move it there: ``path`` is always whole."""
+    """Write ``state`` beside ``path`` and then move it there, so that ``path`` is always whole."""
 
     def write(partial: Path) -> None:
         try:
             torch.save(state, partial)
-        except RuntimeError as error:  # torch's zip writer reports a full disk so
+        except RuntimeError as error:  # torch's zip writer reports a full disk by this error
             raise OSError(f"{path} could not be written ({_first_line(error)}); is the disk full?") from error
 
     write_aside(path, write)
 
 
 def num_updates(state: State) -> int:
-    """Optimiser updates the model had seen; 0 if the checkpoint does not say."""
+    """The number of optimiser updates; 0 if the checkpoint does not say."""
     history = state.get("optimizer_history") or [{}]
     return int(history[-1].get("num_updates", 0))
 
 
 def without_optimizer(state: State) -> State:
-    """A copy for inference or a fresh start; the optimiser's state belongs to other weights."""
+    """A copy without the optimiser's state, for inference or for a training that starts afresh."""
     return {**state, "last_optimizer_state": None}
 
 
@@ -141,8 +141,8 @@ def _is_archive(path: Path) -> bool:
 
 
 def refusal(path: Path, error: Exception) -> CheckpointError:
-    """The error to raise where torch's weights_only unpickler raised ``error``."""
-    # builtins such as eval are named without a module
+    """The error to raise when torch's weights_only unpickler raised ``error``."""
+    # the message names builtins such as eval without a module
     named = re.search(r"(?:GLOBAL `?|(?:global|class) `?(?=[\w.]+\.))([\w.]*\w)", str(error))
     if named is None:
         detail = str(error).partition("WeightsUnpickler error:")[2].strip() or "its pickle cannot be read"

@@ -1,13 +1,13 @@
-"""Turn a dense fairseq transformer into a mixture of experts: cut its feed-forward networks up, or copy them.
+"""Turn a dense fairseq transformer into a mixture of experts by cutting its feed-forward networks or copying them.
 
 Axis letters: D model width, F hidden units of the dense FFN, E experts.
 
-``split``: the F hidden units are dealt to E experts of F / E each. A MoE layer adds up p_e * expert_e(x) with p the
-router's softmax; with router weights zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps
-the whole output bias: at t = 1 the layer computes exactly the dense FFN, to rounding.
+``split`` deals the F hidden units to E experts of F / E units. A MoE layer sums p_e * expert_e(x), where p is the
+router's softmax. With router weights of zero every p_e is 1 / E, so the second map is scaled by E and each expert keeps
+the whole output bias. At t = 1 the layer then computes the dense FFN, to rounding.
 
-``copy`` (sparse up-cycling, arXiv 2212.05055): every expert is the whole FFN, its second map and bias scaled by E / n,
-with n the number of experts a token takes while all p are equal. With ``normalize_weights`` nothing is scaled and the
+``copy`` (sparse up-cycling, arXiv 2212.05055) makes every expert the whole FFN and scales its second map and bias by E
+/ n, where n experts are taken per token while all p are equal. With ``normalize_weights`` nothing is scaled, and the
 result is the dense model's for every router.
 """
 
@@ -35,7 +35,7 @@ from .structure import check_structure, describe_method
 
 GROUPINGS = ("contiguous", "random", "kmeans")
 ROUTER_STARTS = ("zero", "random", "centroids")
-# As the dense model: every expert on every token, nothing dropped.
+# These settings compute as the dense model does: every expert on every token, without drops.
 OWN_DEFAULTS = {"moe_threshold": 1.0, "moe_capacity_factor": None}
 
 
@@ -50,8 +50,8 @@ class DenseImport:
             weights together, groups of equal size; the idea of MoEfication, arXiv 2110.01786).
         router_start: zero (all p equal: exact, but ties all go to the lowest experts as soon as t < 1 or k < E),
             random, or centroids (mean input weights of the expert's units; copy has only one such mean and refuses).
-        router_scale: root mean square of the router's entries for random and centroids. The larger, the further the
-            p are from 1 / E, and the start from the dense model.
+        router_scale: root mean square of the router's entries for random and centroids. A larger scale takes p further
+            from 1 / E, and the start further from the dense model.
         seed: of random choices.
     """
 
@@ -117,7 +117,7 @@ def _dense_settings(state: State) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint (arch {arch}) is already a mixture of experts")
     view = argparse.Namespace(**settings)
     if arch in ARCH_CONFIG_REGISTRY:
-        ARCH_CONFIG_REGISTRY[arch](view)  # what a YAML left to the architecture's defaults
+        ARCH_CONFIG_REGISTRY[arch](view)  # settings that a YAML left to the architecture's defaults
     return vars(view)
 
 
@@ -139,7 +139,7 @@ def _expert_dim(settings: dict[str, Any], sides: set[str], how: DenseImport) -> 
 
 
 def _layer_config(settings: dict[str, Any], places: list[tuple[str, int]]) -> MoEConfig:
-    """That of the first MoE layer; checks the settings as the model will."""
+    """The configuration of the first MoE layer; this checks the settings as the model will."""
     side, index = places[0]
     view = argparse.Namespace(**settings, moe_places=places)
     widths = {"embed_dim": settings[f"{side}_embed_dim"], "dense_dim": settings[f"{side}_ffn_embed_dim"]}
@@ -147,11 +147,11 @@ def _layer_config(settings: dict[str, Any], places: list[tuple[str, int]]) -> Mo
 
 
 def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
-    """Factors on the second map and its bias that make up for the weights of the experts while all p are equal.
+    """Factors on the second map and its bias that compensate the weights of the experts while all p are equal.
 
-    The router itself says how many experts n it takes then and with which weight: 1 / E, or 1 / n if it normalises.
-    ``copy`` wants the weights of the maps to sum to 1. ``split`` wants weight 1 for each map. All experts share the
-    bias in both.
+    The router gives the number n of experts that it then takes and their weight, 1 / E, or 1 / n if it normalises.
+    With ``copy`` the weights of the maps must sum to 1, with ``split`` each must be 1. The bias is shared by all
+    experts in both.
     """
     router = router_class(config.router)
     if config.merge_experts or not router.weights_by_softmax or router.num_gates(config) != config.num_experts:
@@ -195,7 +195,7 @@ def _replace_ffn(
 
 
 def group_units(w1_FD: Tensor, num_experts: int, grouping: str, generator: torch.Generator) -> Tensor:
-    """int64 (E, F / E): the hidden units of each expert; every unit in exactly one.
+    """int64 (E, F / E): the hidden units of each expert, where every unit is in exactly one expert.
 
     ``w1_FD``: float, one row of input weights per hidden unit.
     """
@@ -208,7 +208,7 @@ def group_units(w1_FD: Tensor, num_experts: int, grouping: str, generator: torch
 
 
 def _balanced_kmeans(w1_FD: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
-    """int64 (F,): units sorted by group. Centres by k-means of normalised rows, then the cheapest even assignment."""
+    """int64 (F,): units sorted by group, by k-means of normalised rows and then the cheapest even assignment."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
@@ -230,7 +230,7 @@ def start_router(w1_FD: Tensor, unit_EF: Tensor, how: DenseImport, generator: to
         start_ED = torch.randn(shape, generator=generator)
     else:
         start_ED = w1_FD.float()[unit_EF].mean(dim=1)
-        start_ED = start_ED - start_ED.mean(dim=0)  # what all experts share does not choose between them
+        start_ED = start_ED - start_ED.mean(dim=0)  # the mean of all experts does not choose between them
     rms = start_ED.square().mean().sqrt().clamp(min=1e-12)
     return (start_ED * (how.router_scale / rms)).to(w1_FD.dtype)
 
@@ -263,12 +263,12 @@ def _parser() -> CommandParser:
 
 
 def _routers() -> list[str]:
-    """Routers whose layer can start as the dense FFN."""
+    """The routers whose layer can start as the dense FFN."""
     return [name for name, router in ROUTERS.items() if router.weights_by_softmax]
 
 
 def _layer_flags() -> list[Setting]:
-    """What can be chosen of the new layers: where they are, and the settings of the routers."""
+    """Flags of the new layers: their places and the settings of the routers."""
     names = {setting.flat for name in _routers() for setting in ROUTERS[name].settings}
     names |= {"moe_normalize_weights", "moe_capacity_factor", "moe_sides", "moe_interval"}
     return [setting for name, setting in moe_settings().items() if name in names]
@@ -276,7 +276,7 @@ def _layer_flags() -> list[Setting]:
 
 @reports_errors("import-dense")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     how = DenseImport(args.num_experts, args.mode, args.grouping, args.router_start, args.router_scale, args.seed)
     moe = {

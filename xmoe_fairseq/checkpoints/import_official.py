@@ -161,7 +161,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("import-official")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     new = import_official(load_checkpoint(args.checkpoint), as_official=args.as_official)
     save_checkpoint(new, args.out)

@@ -23,7 +23,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("import-safetensors")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     save_checkpoint(import_safetensors(args.input), args.out)
     print(args.out)

@@ -1,4 +1,4 @@
-"""Show what a checkpoint is and whether it is sound."""
+"""Show what a checkpoint holds and check that it is sound."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("inspect")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     parser = _parser()
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.fallback):

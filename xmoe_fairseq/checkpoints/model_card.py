@@ -1,4 +1,4 @@
-"""The README.md of an exported model."""
+"""Write the README.md of an exported model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Training data and its licences; scores with their sacreBLEU signatures; intended
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """Markdown, from the configuration that ``export_safetensors`` writes; the owner fills in the rest."""
+    """The card as Markdown, from the configuration that ``export_safetensors`` writes; the owner fills in the rest."""
     settings, task = config["cfg"]["model"], config["cfg"].get("task") or {}
     pair = [str(task[name]) for name in ("source_lang", "target_lang") if task.get(name)]
     layers = [

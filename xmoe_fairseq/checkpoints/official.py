@@ -1,7 +1,7 @@
 """``--arch xmoe_transformer_as_official``: the official threshold layer with its own rules, for imported checkpoints.
 
-For comparisons with published numbers, not for training. Rules that differ from ``MoELayer`` (all measured against
-recorded outputs of the official code, tests/checkpoints/test_import_official.py):
+It is for comparisons with published numbers, not for training. These rules differ from ``MoELayer``; all are tested
+against recorded outputs of the official code (tests/checkpoints/test_import_official.py):
 
 - Padding is routed, takes capacity and counts in T and in the balance loss.
 - Capacity holds at inference too.
@@ -26,11 +26,11 @@ from ..moe.capacity import make_plan
 from ..moe.plan import Choices
 
 ARCH = "xmoe_transformer_as_official"
-OLD_ARCH = "xmoe_transformer_as_released"  # its name in the last release, which checkpoints may carry
+OLD_ARCH = "xmoe_transformer_as_released"  # the architecture's name in the last release, which checkpoints may hold
 
 
 class OfficialMoELayer(MoELayer):
-    """The official layer over this package's parameters; it looks at ``x`` alone."""
+    """The official layer over this package's parameters; it uses ``x`` alone."""
 
     def forward(
         self, x: Tensor, padding: Tensor | None = None, token_ids: Tensor | None = None, context: Any = None
@@ -80,7 +80,7 @@ class OfficialTransformer(MoETransformerModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> OfficialTransformer:
-        """As its parent; ValueError for a router other than threshold."""
+        """Build as the parent class does. Raises: ValueError for a router other than threshold."""
         if args.moe_router != "threshold":
             raise ValueError(f"{ARCH} knows the threshold router, not {args.moe_router}; use xmoe_transformer")
         model = super().build_model(args, task)
@@ -93,6 +93,6 @@ class OfficialTransformer(MoETransformerModel):
 @register_model_architecture(OLD_ARCH, OLD_ARCH)
 @register_model_architecture(ARCH, ARCH)
 def as_official(args: Any) -> None:
-    """The defaults of ``xmoe_transformer``; an imported checkpoint brings its own."""
+    """Give ``args`` the defaults of ``xmoe_transformer``; an imported checkpoint holds its own settings."""
     WMT23.apply(args)
     fill_moe_defaults(args)

@@ -1,7 +1,7 @@
 """Make an int8 (or bfloat16) checkpoint for inference out of a float one.
 
-The file loads wherever a checkpoint does (fairseq-generate, eval.translate, eval.serve, export_safetensors); training
-it is refused. Scales are one per output channel; activations are quantised row by row while translating.
+Every inference command loads the file (fairseq-generate, eval.translate, eval.serve, export_safetensors), and every
+training refuses it. Each output channel has a scale; activations are quantised row by row during the translation.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .files import CheckpointError, State, load_checkpoint, save_checkpoint, wit
 from .settings import flat_settings
 from .structure import check_structure, describe_weights, moe_layers, with_defaults
 
-# Rows of the comparison of a layer's outputs; the rows are Gaussian, as those after a layer norm nearly are.
+# Rows that compare a layer's outputs. They are Gaussian, as rows after a layer norm nearly are.
 NUM_ROWS = 256
 
 
 def quantise_checkpoint(state: State, to: str = "int8", what: str = "experts") -> State:
-    """A checkpoint for inference with the weights in ``to``; without optimiser state.
+    """A checkpoint for inference with the weights in ``to`` and without optimiser state.
 
     Args:
         to: int8, or bfloat16 (experts only).
-        what: experts; or all: experts, linear maps and embeddings (for a dense model that is everything).
+        what: experts, or all (experts, linear maps and embeddings; of a dense model every matrix).
     Raises:
         CheckpointError: settings that cannot be quantised, with the way out.
     """
@@ -47,7 +47,7 @@ def quantise_checkpoint(state: State, to: str = "int8", what: str = "experts") -
         changes["moe_weights"] = to
     if what == "all":
         _hold_matrices(model)
-        # a dense model gets an architecture of its own: the stock one has no int8
+        # a dense model gets an architecture of its own, since the stock one has no int8
         changes |= {"moe_linear_weights": "int8"} if moe_layers(state) else {"_name": _DENSE, "arch": _DENSE}
     namespace = argparse.Namespace(**{**settings, **changes})
     new = {**without_optimizer(state), "model": model}
@@ -89,7 +89,7 @@ def _hold_experts(model: dict[str, Tensor], prefix: str, to: str) -> None:
 
 
 def _hold_matrices(model: dict[str, Tensor]) -> None:
-    """``NAME.weight`` of every linear map and embedding becomes ``NAME.q`` and ``NAME.scale``; tied ones stay tied."""
+    """Replace ``NAME.weight`` of linear maps and embeddings by ``NAME.q`` and ``NAME.scale``; ties stay."""
     made: dict[Any, tuple[Tensor, Tensor]] = {}
     for name in [name for name, tensor in model.items() if is_matrix(name, tensor)]:
         weight = model.pop(name)
@@ -102,9 +102,9 @@ def _hold_matrices(model: dict[str, Tensor]) -> None:
 
 
 def is_matrix(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor of a fairseq transformer is the weight of a linear map or of a token embedding.
+    """True if a tensor of a fairseq transformer is the weight of a linear map or of a token embedding.
 
-    Gates of routers and learned positions keep their floats.
+    Routers and learned positions stay floats.
     """
     module = name.removesuffix(".weight").rpartition(".")[2]
     is_weight = name.endswith(".weight") and tensor.dim() == 2 and tensor.is_floating_point()
@@ -152,7 +152,7 @@ def _output_error(settings: dict[str, Any], side: str, old: dict[str, Tensor], n
     for held, tensors in (("float", old), (weights, new)):
         layer = MoELayer(MoEConfig(**shape, activation=str(settings["activation_fn"]), weights=held)).eval()
         torch.manual_seed(0)
-        torch.nn.init.normal_(layer.router.weight)  # spreads the rows over all experts
+        torch.nn.init.normal_(layer.router.weight)  # this scale spreads the rows over all experts
         layer.experts.load_state_dict(tensors)
         with torch.no_grad():
             outputs.append(layer(x_TD)[0])
@@ -186,7 +186,7 @@ def _parser() -> CommandParser:
 
 @reports_errors("quantise")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     args = _parser().parse_args(argv)
     before = load_checkpoint(args.checkpoint, mmap=True)
     after = quantise_checkpoint(before, args.to, args.what)
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _model_bytes(state: State) -> int:
-    """Bytes of the model's tensors, tied ones once; without the optimiser's."""
+    """Bytes of the model's tensors without the optimiser's; tied tensors count once."""
     places = {(t.data_ptr(), tuple(t.shape)): t.numel() * t.element_size() for t in state["model"].values()}
     return sum(places.values())
 

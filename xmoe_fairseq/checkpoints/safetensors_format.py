@@ -1,7 +1,7 @@
-"""The exported form of a model: a folder with ``model.safetensors``, ``config.json`` and a model card.
+"""Export a model to a folder with ``model.safetensors``, ``config.json`` and a model card, and import it again.
 
-safetensors holds nothing but tensors: reading it cannot run code. Tied tensors are stored once and tied again on the
-way back. Absolute paths of the machine that trained are left out of the configuration.
+safetensors holds tensors alone, so that reading it cannot run code. Tied tensors are stored once and tied again by the
+import. Absolute paths of the training machine are left out of the configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .settings import flat_settings
 from .structure import check_structure, count_parameters, describe_method
 
 FORMAT = "xmoe_fairseq/1"
-_GROUPS = ("model", "task", "criterion")  # what fairseq-generate and a fresh training read
+_GROUPS = ("model", "task", "criterion")  # files that fairseq-generate and a fresh training read
 
 
 def export_safetensors(state: State, folder: str | Path) -> Path:
@@ -40,7 +40,7 @@ def export_safetensors(state: State, folder: str | Path) -> Path:
 
     def write(partial: Path) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors makes files that only their owner can read
+        partial.chmod(0o644)  # safetensors makes files that their owner alone can read
 
     write_aside(tensor_file, write)
     config = _config(state, tied, sha256_of(tensor_file))
@@ -50,7 +50,7 @@ def export_safetensors(state: State, folder: str | Path) -> Path:
 
 
 def import_safetensors(folder: str | Path) -> State:
-    """The checkpoint of an exported folder, tensors bit for bit; without optimiser state.
+    """The checkpoint of an exported folder, with tensors equal bit for bit and without optimiser state.
 
     Raises:
         CheckpointError: a file is missing or is not of this format.
@@ -76,7 +76,7 @@ def import_safetensors(folder: str | Path) -> State:
 
 
 def _untied(model: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once; and the names of those that are another one's tensor."""
+    """Each tensor once, and the names that share another name's tensor."""
     first: dict[Any, str] = {}
     tensors, tied = {}, {}
     for name, tensor in model.items():
@@ -107,7 +107,7 @@ def _config(state: State, tied: dict[str, str], checksum: str) -> dict[str, Any]
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it; absolute paths become None."""
+    """The value in JSON's types; absolute paths become None."""
     if isinstance(value, argparse.Namespace):
         return _plain(vars(value))
     if hasattr(value, "items"):

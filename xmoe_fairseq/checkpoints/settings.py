@@ -23,7 +23,7 @@ def flat_settings(state: State) -> dict[str, Any]:
 def converted(state: State, model: dict[str, Any], settings: dict[str, Any], arch: str, source: str) -> State:
     """A checkpoint of ``arch`` made from ``state``: new tensors and settings, no optimiser state.
 
-    The optimiser state is per tensor of the old model; ``--finetune-from-model`` trains on with a fresh one.
+    The optimiser state belongs to the tensors of the old model; ``--finetune-from-model`` trains on with a fresh one.
     """
     namespace = argparse.Namespace(**{**settings, "_name": arch, "arch": arch})
     new = {**without_optimizer(state), "model": model}
@@ -36,9 +36,9 @@ def converted(state: State, model: dict[str, Any], settings: dict[str, Any], arc
 
 
 def with_model_settings(state: State, changes: dict[str, Any]) -> State:
-    """A checkpoint for inference, the same weights with other settings of the model, e.g. ``moe_threshold``.
+    """A checkpoint for inference with the same weights and other settings of the model, e.g. ``moe_threshold``.
 
-    Raises: CheckpointError: the checkpoint has no settings to change.
+    Raises: CheckpointError if the checkpoint has no settings to change.
     """
     settings = argparse.Namespace(**{**model_settings(state), **changes})
     new = without_optimizer(state)

@@ -1,4 +1,4 @@
-"""Settings, MoE layers and parameters of a checkpoint, and whether its tensors agree with its settings."""
+"""Read settings, MoE layers and parameters of a checkpoint, and check its tensors against its settings."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_structure(state: State, path: Any = "the checkpoint") -> None:
 def _moe_shapes(
     settings: dict[str, Any], places: list[tuple[str, int]], place: tuple[str, int], path: Any
 ) -> dict[str, Shape]:
-    """Name -> shape of the tensors of one MoE layer; of its router only where the router is registered."""
+    """Name -> shape of the tensors of one MoE layer; those of its router only if the router is registered."""
     side, index = place
     known = settings["moe_router"] in ROUTERS
     view = argparse.Namespace(**{**settings, "moe_places": places, **({} if known else {"moe_router": "switch"})})
@@ -110,15 +110,15 @@ def _require_shape(name: str, tensor: Tensor, shape: Shape, path: Any) -> None:
         )
 
 
-# Ends of the names of what may be one tensor, and of fairseq's buffers that are no parameters.
+# Ends of the names of tensors that may be tied, and of fairseq's buffers that are no parameters.
 _EMBEDDINGS = ("embed_tokens.weight", "output_projection.weight")
 _BUFFERS = (".version", "._float_tensor")
 
 
 def count_parameters(model: dict[str, Tensor]) -> dict[str, int]:
-    """Numbers in the model's parameters: ``total`` and ``experts`` among them; tied tensors count once.
+    """Sizes of the model's parameters: ``total``, and ``experts`` among them. Tied tensors count once.
 
-    Tied are tensors in the same memory, and equal embeddings: a checkpoint from a GPU holds a copy for each name.
+    Tensors in the same memory are tied, and so are equal embeddings, of which a checkpoint from a GPU holds copies.
     """
     seen, counts = set(), {"total": 0, "experts": 0}
     embeddings: list[Tensor] = []
@@ -138,13 +138,13 @@ def count_parameters(model: dict[str, Tensor]) -> dict[str, int]:
 
 
 def is_scale(name: str, model: dict[str, Tensor]) -> bool:
-    """Whether ``name`` holds the scales of an int8 tensor: ``scale`` beside ``q``, ``scale1`` beside ``q1``."""
+    """True if ``name`` holds the scales of an int8 tensor: ``scale`` beside ``q``, ``scale1`` beside ``q1``."""
     parent, _, last = name.rpartition(".")
     return last.startswith("scale") and f"{parent}.q{last.removeprefix('scale')}" in model
 
 
 def describe_weights(settings: dict[str, Any]) -> str:
-    """How the numbers are held: float, int8 or bfloat16, and which of them."""
+    """The format of the weights: float, or which of them are int8 or bfloat16."""
     if (settings.get("arch") or settings.get("_name")) == "int8_transformer":
         return "linear maps and embeddings int8; for inference"
     parts = [
@@ -156,7 +156,7 @@ def describe_weights(settings: dict[str, Any]) -> str:
 
 
 def refuse_training_of_quantised(state: State, path: Any) -> None:
-    """CheckpointError if ``state`` holds quantised weights."""
+    """Raise CheckpointError if ``state`` holds quantised weights."""
     held = describe_weights(model_settings(state))
     if held != "float":
         raise CheckpointError(
@@ -166,7 +166,7 @@ def refuse_training_of_quantised(state: State, path: Any) -> None:
 
 
 def describe_method(settings: dict[str, Any]) -> str:
-    """One line: the routing method and its sizes, or the dense FFN."""
+    """One line about the routing method and its sizes, or the dense FFN."""
     if "moe_num_experts" not in settings:
         if "num_experts" in settings and "moe_type" in settings:
             return f"official fork's {settings['moe_type']} router; xmoe checkpoint import-official"

@@ -1,5 +1,5 @@
 """fairseq criterions that add the balance loss of every MoE layer and log its routing."""
 
-import fairseq  # noqa: F401  the door opens first, while no module of this folder is half imported
+import fairseq  # noqa: F401  first, since this import registers the package, which imports this folder
 
 from . import load_balance  # noqa: F401  importing registers them

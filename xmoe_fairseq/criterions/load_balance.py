@@ -1,12 +1,11 @@
 """Stock cross entropies plus the balance loss, summed over MoE layers.
 
-The balance loss of a forward pass is a mean over its tokens; it is multiplied by the sample size that fairseq later
-divides by, so its weight does not depend on --update-freq, batch size or ranks. Across data-parallel ranks the load
-(f of Eq 7) is summed first: the loss is that of the global batch, exactly. Over the micro-batches of --update-freq
-each has its own f, known only when it is computed; the result is the mean weighted by sample size.
+The balance loss of a forward pass is a mean over its tokens. It is multiplied by the sample size, by which fairseq
+later divides, so that its weight does not depend on --update-freq, batch size or ranks. Across data-parallel ranks the
+load (f of Eq 7) is summed first, so that the loss is exactly that of the global batch. Each micro-batch of
+--update-freq has its own f, and the result is their mean weighted by sample size.
 
-The logged ``loss`` stays the cross entropy, to compare with dense models; the balance loss is logged as
-``moe_balance``.
+The logged ``loss`` is the cross entropy alone, as for dense models; ``moe_balance`` is the balance loss.
 """
 
 # No "from __future__ import annotations" here: fairseq reads the types of dataclass fields.
@@ -49,7 +48,7 @@ class LoadBalanceConfig(CrossEntropyCriterionConfig):
 
 
 class _KeepOutput:
-    """Stands in for the model while the stock criterion runs, and keeps what the model returned."""
+    """Replaces the model while the stock criterion runs, and keeps the output of the model."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -69,7 +68,7 @@ class _LoadBalance:
     balance_loss_weight: float
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:
-        """The stock loss plus weight * sample size * (balance loss + z-losses); routing sums in the logging output."""
+        """The stock loss plus weight * sample size * (balance loss + z-losses); routing sums are logged."""
         kept = _KeepOutput(model)
         loss, sample_size, logging_output = super().forward(kept, sample, reduce)
         plans: Plans = kept.output[1].get("moe_plans", {})
@@ -84,7 +83,7 @@ class _LoadBalance:
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """The stock metrics, and ``moe_*`` figures per layer and over all layers."""
+        """Log the stock metrics, and ``moe_*`` figures per layer and over all layers."""
         super().reduce_metrics(logging_outputs)
         _log_routing(logging_outputs)
 
@@ -119,7 +118,7 @@ class LoadBalanceCriterion(_LoadBalance, CrossEntropyCriterion):
 
 
 def _scaled_balance(model: Any, plans: Plans, sample: Any, sample_size: Any) -> Tensor | float:
-    """Sum over layers of the balance loss, times the sample size; in training both are those of all ranks together."""
+    """Sum over layers of the balance loss, times the sample size; in training both are of all ranks together."""
     terms = {
         name: [plan.balance for plan in layer_plans if plan.balance is not None] for name, layer_plans in plans.items()
     }
@@ -135,15 +134,15 @@ def _global_balance(terms: list[list[Terms]], gates: list[int], sample_size: Any
     """Balance losses times sample size of the batch of all data-parallel ranks, in one all-reduce.
 
     Args:
-        terms: of each MoE layer; empty where the layer did not run on this rank (LayerDrop draws for each rank) or its
-            router has no balance loss.
-        gates: of each MoE layer, true and null. They fix the length of what is added up, the same on every rank.
-        is_dummy: the batch stands in for one that this rank does not have (uneven end of an epoch) and counts nowhere.
+        terms: balance terms of each MoE layer; empty if the layer did not run on this rank (LayerDrop draws for each
+            rank) or its router has no balance loss.
+        gates: experts of each MoE layer, true and null. They fix the length of the summed tensor on every rank.
+        is_dummy: True if this rank has no batch left at the uneven end of an epoch; a dummy batch counts nowhere.
     """
     device = next((layer[0].counts().device for layer in terms if layer), torch.device("cpu"))
     if torch.is_tensor(sample_size):
         device = sample_size.device
-    widths = [2 * count + 1 for count in gates]  # the longest counts() there are: SpreadTerms has two rows
+    widths = [2 * count + 1 for count in gates]  # SpreadTerms has the longest counts(), two rows
     summed = torch.zeros(sum(widths) + 1, device=device)
     parts = summed.split([*widths, 1])
     if not is_dummy:
@@ -180,7 +179,7 @@ def layer_label(module_name: str) -> str:
 
 
 def _logged_sums(plans: Plans, like: Tensor) -> dict[str, Tensor]:
-    """``label/figure`` -> sum. Every layer has its keys on every rank, dropped or not: fairseq's summing needs them."""
+    """``label/figure`` -> sum. Layers that LayerDrop skips have keys too, since fairseq sums equal keys over ranks."""
     logged: dict[str, Tensor] = {}
     for module_name, layer_plans in plans.items():
         label = layer_label(module_name)

@@ -1,8 +1,8 @@
 """Every named architecture (``--arch``): sizes shared by all methods, and the methods.
 
 Within one size all methods have the same shared parameters, the same expert parameters (experts x hidden units; dense
-has one) and the same FLOPs: the paper's comparison (its Tables 1 and 3). Capacity factors follow its Eq 6: a layer
-computes at most gamma rows of one expert per token, so gamma times the expert's hidden units is the dense FFN's.
+has one) and the same FLOPs, as in Tables 1 and 3 of the paper. Capacity factors follow its Eq 6: a layer computes at
+most gamma rows of one expert per token, so gamma times the hidden units of an expert are those of the dense FFN.
 docs/methods.md has the table with the numbers; tests/models/test_architectures.py counts them.
 """
 
@@ -35,10 +35,10 @@ class Size:
         return self.encoder_layers == 0
 
     def apply(self, args: Any) -> None:
-        """Give ``args`` what it lacks, then fairseq's own defaults."""
+        """Give ``args`` the settings that it lacks, first from this size, then from fairseq's defaults."""
         values: dict[str, Any] = {"decoder_layers": self.decoder_layers, "activation_fn": "gelu"}
         if self.is_language_model:
-            # as GPT-2: learned positions, one matrix for input and output embeddings
+            # as in GPT-2, learned positions, and one matrix for input and output embeddings
             values |= {"decoder_learned_pos": True, "share_decoder_input_output_embed": True}
         else:
             values["encoder_layers"] = self.encoder_layers
@@ -68,7 +68,7 @@ def _register(name: str, size: Size, model: str, apply: Callable[[Any], None]) -
 
 
 def register_dense(name: str, size: Size) -> None:
-    """Register the stock dense transformer at ``size``: the baseline of every comparison."""
+    """Register the stock dense transformer at ``size``, the baseline of every comparison."""
 
     def apply(args: Any) -> None:
         size.apply(args)
@@ -87,9 +87,9 @@ def register_moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma
     _register(name, size, "xmoe_transformer_lm" if size.is_language_model else "xmoe_transformer", apply)
 
 
-# Table 3. adamoe: k n / (n + m) = 4 * 64 / 128 = 2 true experts per token at balance, top-k's number; m = n and a
-# doubled k are the ratio of its paper's main setting. meo merges 4, its official default, and computes one expert
-# whatever it merges, so that beside 64 x 1024 it is the cheaper row; 32 x 2048 merging 2 is its row of equal FLOPs.
+# Table 3. adamoe takes k n / (n + m) = 4 * 64 / 128 = 2 true experts per token at balance, as top-k does; m = n and a
+# doubled k are the ratio of its paper's main setting. meo merges 4 experts, its official default. It computes one
+# merged expert, so its 64 x 1024 row has fewer FLOPs than the others; 32 x 2048 merging 2 has equal FLOPs.
 register_dense("dense_transformer_wmt23", WMT23)
 register_moe("xmoe_transformer", WMT23, 64, 1024, 2.0)
 register_moe("xmoe_transformer_128x512", WMT23, 128, 512, 4.0)
@@ -115,7 +115,7 @@ for _size, _end in ((TINY, "tiny"), (TINY_LM, "tiny_lm")):
     register_moe(f"adamoe_transformer_{_end}", _size, 8, 256, 2.0, moe_router="adamoe", moe_top_k=4, moe_null_experts=8)
 register_moe("meo_transformer_tiny", TINY, 4, 512, None, moe_router="top_k", moe_top_k=2, moe_merge_experts=True)
 
-# Table 1: 8 experts of the FFN's size, or the same cut in 2, 4 and 8. The paper's best row is also the plain name.
+# Table 1: 8 experts of the FFN's size, also cut in 2, 4 and 8. The plain name is the paper's best row.
 register_dense("dense_transformer_lm", GPT2)
 register_moe("xmoe_transformer_lm", GPT2, 64, 384, 8.0)
 for _size in (GPT2, GPT2_556M):
@@ -127,7 +127,7 @@ for _size in (GPT2, GPT2_556M):
         register_moe(f"xmoe_transformer_{_row}", _size, *_shape, float(_cut))
         register_moe(f"top_k_transformer_{_row}", _size, *_shape, float(_cut), moe_router="top_k", moe_top_k=_cut)
 
-# Table 2: the dense FFN cut into experts that are all used in training (t = 1, no drops); eval.sweep lowers t.
+# Table 2: the dense FFN cut into experts, all of which training uses (t = 1, no drops); eval.sweep lowers t.
 for _name, _size, _experts, _dim in (
     ("dense_xmoe_transformer_8x384_lm", GPT2, 8, 384),
     ("dense_xmoe_transformer_16x192_lm", GPT2, 16, 192),

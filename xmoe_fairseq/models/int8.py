@@ -16,11 +16,11 @@ DENSE_ARCH = "int8_transformer"
 
 
 def hold_in_int8(model: nn.Module) -> None:
-    """Exchange every linear map and embedding of a fairseq model, in place; the numbers come with the checkpoint."""
+    """Replace every linear map and embedding of a fairseq model by an int8 one, whose numbers the checkpoint gives."""
     exchange_linear_maps(model)
     for module in model.modules():
         if isinstance(module, MultiheadAttention):
-            # fairseq's other way through attention, which calls the projections instead of reading their weights
+            # makes fairseq's attention call its projections instead of reading their weights
             module.skip_embed_dim_check = True
 
 
@@ -30,7 +30,7 @@ class Int8Transformer(TransformerModelBase):
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """As the stock model's flags."""
+        """Add the stock model's flags."""
         gen_parser_from_dataclass(parser, TransformerConfig(), delete_default=True, with_prefix="")
 
     @classmethod
@@ -42,4 +42,4 @@ class Int8Transformer(TransformerModelBase):
 
 @register_model_architecture(DENSE_ARCH, DENSE_ARCH)
 def _sizes_come_with_the_checkpoint(args: Any) -> None:
-    """Nothing to fill in: a quantised checkpoint holds every setting."""
+    """Add no defaults, since a quantised checkpoint holds every setting."""

@@ -25,18 +25,18 @@ from .translation import MoETransformerConfig
 class MoETransformerLanguageModel(TransformerLanguageModel):
     """``transformer_lm`` with a MoE layer in place of the feed-forward network of every n-th layer.
 
-    The plans of the MoE layers lie in ``extra["moe_plans"]``, as in the translation model.
+    ``extra["moe_plans"]`` holds the plans of the MoE layers, as in the translation model.
     """
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Flags without defaults: those come from the architecture."""
+        """Add the flags without defaults, which the architecture gives."""
         gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
         add_moe_args(parser)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> MoETransformerLanguageModel:
-        """From the settings of a command line, a YAML or a checkpoint."""
+        """Build the model from the settings of a command line, a YAML or a checkpoint."""
         check_moe_names(args)
         fill_moe_defaults(args)  # settings that an older checkpoint lacks
         check_supported(args)
@@ -57,7 +57,7 @@ class MoETransformerLanguageModel(TransformerLanguageModel):
 
 
 def check_language_model(args: Any) -> None:
-    """Refuse what only an encoder-decoder, or only the stock model, can do."""
+    """Refuse settings that need an encoder or the stock model."""
     if args.moe_merge_experts:
         raise ValueError(
             "moe_merge_experts merges by the source sentence and a language model has none: every token would need its "
@@ -71,7 +71,7 @@ def check_language_model(args: Any) -> None:
 
 
 def settle_positions(args: Any, task: Any) -> None:
-    """Write into ``args``, and so into the checkpoint, how many positions the model has.
+    """Write the number of the model's positions into ``args``, and so into the checkpoint.
 
     Later commands may use samples of another length, and a YAML gives the length to the task alone.
     """

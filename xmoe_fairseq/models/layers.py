@@ -1,4 +1,4 @@
-"""Stock fairseq transformer layers whose feed-forward part is a MoELayer. All other parts are the stock ones."""
+"""Stock fairseq transformer layers with a MoELayer in place of their feed-forward part; no other part changes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ IncrementalState = dict[str, dict[str, Tensor]]
 
 
 class CurrentBatch(NamedTuple):
-    """What a stack is working on.
+    """The batch that a stack is computing.
 
     Attributes:
-        ids_TB: int64, the tokens whose hidden states the layers see.
+        ids_TB: int64, the tokens of the hidden states.
         padding_TB: bool; None when nothing is padding.
         source_BC: float, mean of the encoder's final output over each source sentence; None in an encoder, and where no
             layer merges experts.
@@ -34,10 +34,10 @@ class CurrentBatch(NamedTuple):
 
 
 class CurrentTokens:
-    """The batch that a stack is working on, shared by its layers.
+    """The batch that a stack is computing, shared by its layers.
 
-    A fairseq layer hands its feed-forward part hidden states alone; routing also needs to know what is padding, the
-    hash router the ids, and merged experts in a decoder the source sentence.
+    A fairseq layer gives its feed-forward part hidden states alone. Routing also needs the padding, the hash router the
+    token ids, and merged experts in a decoder the source sentence.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class CurrentTokens:
         source_BC: Tensor | None = None,
         incremental_state: IncrementalState | None = None,
     ) -> None:
-        """``ids_BT``: int64 (batch, time); the rest as in ``CurrentBatch``."""
+        """Set the batch; ``ids_BT`` is int64 (batch, time), the rest as in ``CurrentBatch``."""
         padding_BT = ids_BT.eq(padding_idx)
         padding_TB = padding_BT.t() if padding_BT.any() else None
         self.batch = CurrentBatch(ids_BT.t(), padding_TB, source_BC, incremental_state)
 
     def clear(self) -> None:
-        """Let go of a search that has ended."""
+        """Release the batch and state of a search that has ended."""
         self.batch = CurrentBatch()
 
 
@@ -76,7 +76,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class _MoEFeedForward:
-    """Mixed into a fairseq layer: ``fc1`` runs the whole MoE layer, ``fc2`` and what stands between pass through."""
+    """A mix-in for a fairseq layer: ``fc1`` runs the MoE layer, and ``fc2`` and the steps between change nothing."""
 
     def build_fc1(self, *_: Any) -> None:
         return None
@@ -105,15 +105,18 @@ class _MoEFeedForward:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self.checkpoint_activations and self.training):
             return super().forward(x, *args, **kwargs)
-        # Non-reentrant: what the layer hands out beside its output (the balance loss of its plan) keeps its gradient.
+        # non-reentrant, so that the balance loss in the plan keeps its gradient
         return checkpoint(self._recomputed_forward, self.tokens.batch, x, args, kwargs, use_reentrant=False)
 
     def _recomputed_forward(self, batch: CurrentBatch, x: Tensor, args: Any, kwargs: Any) -> Any:
-        current, self.tokens.batch = self.tokens.batch, batch  # another one may have passed before the recomputation
+        current, self.tokens.batch = (
+            self.tokens.batch,
+            batch,
+        )  # another batch may have been set before the recomputation
         try:
             return super().forward(x, *args, **kwargs)
         finally:
-            self.tokens.batch = current  # the recomputation comes last: its batch, with its graph, must not stay
+            self.tokens.batch = current  # the recomputation runs last, and its batch and graph must not be kept
 
 
 class MoEEncoderLayer(_MoEFeedForward, TransformerEncoderLayerBase):
@@ -141,13 +144,13 @@ class MoEDecoderLayer(_MoEFeedForward, TransformerDecoderLayerBase):
         return SentenceContext(batch.source_BC, self._merged_cache(batch.incremental_state))
 
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor) -> None:
-        """fairseq calls this when beams move and when finished sentences leave the batch."""
+        """Reorder the cache; fairseq calls this when beams move and when finished sentences leave the batch."""
         cache = self._merged_cache(incremental_state)
         if cache:
             reorder_cache(cache, new_order)
 
     def _merged_cache(self, incremental_state: IncrementalState | None) -> dict[str, Tensor] | None:
-        """This layer's merged matrices, kept in fairseq's own state, so that they end with the search."""
+        """This layer's merged matrices in fairseq's incremental state, which ends with the search."""
         if incremental_state is None or not self.moe.config.merge_experts:
             return None
         return incremental_state.setdefault(f"merged_experts.{id(self)}", {})

@@ -1,10 +1,9 @@
-"""The flat ``moe_*`` settings of a model: command-line flags, defaults, and their way into a ``MoEConfig``.
+"""The flat ``moe_*`` settings of a model: command-line flags, defaults, and their conversion to a ``MoEConfig``.
 
-fairseq fills nested configuration groups from flags only for its own groups, so every setting here is a flat name; the
-same name works as a flag (``--moe-top-k``), in YAML (``moe_top_k``) and in ``--model-overrides``. What there is to set
-is declared elsewhere: by ``MoEConfig`` for every layer, by the routers for themselves. ``moe_settings`` asks anew each
-time, because a ``--user-dir`` package may register routers after this module was imported; fairseq imports it before it
-asks a model for its flags.
+fairseq fills nested configuration groups from flags only for its own groups, so every setting here is a flat name. The
+same name works as a flag (``--moe-top-k``), in YAML (``moe_top_k``) and in ``--model-overrides``. ``MoEConfig``
+declares the settings of every layer, and each router its own. ``moe_settings`` reads them at every call, because a
+``--user-dir`` package may register routers after this module was imported.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..moe.settings import Setting, at_least_one
 
 Place = tuple[str, int]
 
-# What the model uses itself: where its MoE layers are, and how everything beside them is held.
+# Settings of the model itself: the places of its MoE layers, and the format of all other weights.
 MODEL_SETTINGS = (
     Setting(
         *("interval", int, 2, "every n-th layer is a MoE layer (2: the second, fourth, ...)"),
@@ -43,7 +42,7 @@ def moe_settings() -> dict[str, Setting]:
 
 
 def argument_type(setting: Setting) -> Callable[[str], Any]:
-    """What argparse calls; it names the function in its error."""
+    """The function for argparse's ``type``, whose name argparse puts into its error."""
 
     def parse(text: str) -> Any:
         return setting.parse(text)
@@ -53,7 +52,7 @@ def argument_type(setting: Setting) -> Callable[[str], Any]:
 
 
 def add_moe_args(parser: Any) -> None:
-    """Add every ``--moe-*`` flag, without defaults: those come from the architecture."""
+    """Add every ``--moe-*`` flag without defaults, which the architecture gives."""
     for setting in moe_settings().values():
         shown = "none" if setting.default is None else setting.default
         text = f"{setting.help} (XMoE: {shown})"
@@ -66,7 +65,7 @@ def add_moe_args(parser: Any) -> None:
 
 
 def fill_moe_defaults(args: Any, **defaults: Any) -> None:
-    """Give every setting that ``args`` lacks the architecture's default, or XMoE's.
+    """Give every setting that ``args`` lacks the default of the architecture, or else of XMoE.
 
     ``--moe-merge-experts`` given to an architecture of another method brings the router and the capacity it needs.
     """
@@ -118,7 +117,7 @@ def moe_config(cfg: Any, *, side: str, layer_index: int, embed_dim: int, dense_d
 
 
 def is_moe_layer(cfg: Any, side: str, layer_index: int) -> bool:
-    """Whether layer ``layer_index`` (from 0) of ``side`` is a MoE layer."""
+    """True if layer ``layer_index`` (from 0) of ``side`` is a MoE layer."""
     for setting in MODEL_SETTINGS:
         setting.validate(getattr(cfg, setting.flat))
     return cfg.moe_sides in (side, "both") and (layer_index + 1) % cfg.moe_interval == 0
@@ -141,7 +140,7 @@ def moe_places(cfg: Any, sides: Sequence[str]) -> list[Place]:
 def value_at(setting: Setting, given: Any, places: Sequence[Place], place: Place) -> Any:
     """The value of a per-layer setting in one layer, from one value for all or a list with one for each.
 
-    Raises: ValueError for a list that has not one value for each MoE layer.
+    Raises: ValueError for a list without one value for each MoE layer.
     """
     if isinstance(given, str) or not hasattr(given, "__len__"):
         return given

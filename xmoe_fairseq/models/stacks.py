@@ -1,4 +1,4 @@
-"""Stock fairseq encoder and decoder stacks that build a MoE layer wherever the settings ask for one."""
+"""Stock fairseq encoder and decoder stacks that build MoE layers in the places that the settings name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .moe_args import is_moe_layer, moe_config
 
 
 class _MoEStack:
-    """Mixed into a fairseq stack: counts its layers while they are built."""
+    """A mix-in for a fairseq stack that counts its layers while they are built."""
 
     side: str
 
     def start_building(self) -> None:
-        """Call before the stack's own constructor, which builds the layers."""
+        """Start the count; call this before the stack's own constructor, which builds the layers."""
         self.layers_built = 0
         self.tokens = CurrentTokens()
 
@@ -38,7 +38,7 @@ class _MoEStack:
 
 
 def _wrapped(layer: nn.Module, cfg: Any) -> nn.Module:
-    """As fairseq's own stacks wrap their layers for fully sharded training."""
+    """Wrap a layer for fully sharded training, as fairseq's own stacks do."""
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
@@ -48,7 +48,7 @@ class MoEEncoder(_MoEStack, TransformerEncoderBase):
     side = "encoder"
 
     def register_backward_hook(self, hook: Any) -> Any:
-        """fairseq's search for a NaN asks for torch's old kind of hook, which fails on an encoder's dict of lists."""
+        """Register torch's full hook: the old kind, which fairseq's search for a NaN uses, fails on a dict of lists."""
         return self.register_full_backward_hook(hook)
 
     def __init__(self, cfg: Any, dictionary: Any, embed_tokens: Any, return_fc: bool = False) -> None:
@@ -67,7 +67,7 @@ class MoEEncoder(_MoEStack, TransformerEncoderBase):
 
 
 class MoEDecoder(_MoEStack, TransformerDecoderBase):
-    """fairseq's transformer decoder with MoE layers; also the whole of a language model."""
+    """fairseq's transformer decoder with MoE layers, which a language model consists of."""
 
     side = "decoder"
 
@@ -92,7 +92,7 @@ class MoEDecoder(_MoEStack, TransformerDecoderBase):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # with a state, fairseq computes the last position only
+        # with an incremental state, fairseq computes the last position alone
         computed = prev_output_tokens if incremental_state is None else prev_output_tokens[:, -1:]
         source_BC = source_mean(encoder_out) if self.needs_source else None
         self.tokens.set(computed, self.padding_idx, source_BC, incremental_state)

@@ -19,7 +19,7 @@ class MoETransformerConfig(TransformerConfig):
 
     @classmethod
     def from_settings(cls, args: Any, sides: tuple[str, ...] = ("encoder", "decoder")) -> MoETransformerConfig:
-        """From flags (Namespace) or YAML (DictConfig); ``sides`` names the stacks that the model has."""
+        """Make it from flags (Namespace) or YAML (DictConfig); ``sides`` names the stacks of the model."""
         config = cls.from_namespace(args)
         for name in moe_settings():
             setattr(config, name, getattr(args, name))
@@ -31,19 +31,19 @@ class MoETransformerConfig(TransformerConfig):
 class MoETransformerModel(TransformerModelBase):
     """Transformer with a MoE layer in place of the feed-forward network of every n-th layer.
 
-    The forward pass returns fairseq's usual pair; the plans of the MoE layers lie in ``extra["moe_plans"]``, layer
-    name -> list of RoutingPlan, for the criterion and the analyses.
+    The forward pass returns fairseq's usual pair. ``extra["moe_plans"]`` holds the plans of the MoE layers, layer name
+    -> list of RoutingPlan, for the criterion and the analyses.
     """
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """Flags without defaults: those come from the architecture."""
+        """Add the flags without defaults, which the architecture gives."""
         gen_parser_from_dataclass(parser, TransformerConfig(), delete_default=True, with_prefix="")
         add_moe_args(parser)
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> MoETransformerModel:
-        """From the settings of a command line, a YAML or a checkpoint."""
+        """Build the model from the settings of a command line, a YAML or a checkpoint."""
         check_moe_names(args)
         fill_moe_defaults(args)  # settings that an older checkpoint lacks
         check_supported(args)

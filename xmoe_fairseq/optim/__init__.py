@@ -1,6 +1,6 @@
 """Optimisers for many parameters; importing registers them."""
 
-import fairseq  # noqa: F401  the door opens first, while no module of this folder is half imported
+import fairseq  # noqa: F401  first, since this import registers the package, which imports this folder
 
 from . import fused_adam
 

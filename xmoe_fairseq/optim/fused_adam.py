@@ -1,9 +1,10 @@
 """``--optimizer fused_adam``: Adam with decoupled weight decay in one pass over memory.
 
-Experts are most of a sparse model's parameters and few of its FLOPs, so the optimiser weighs more than in a dense
-model. fairseq's Adam reads and writes them in a dozen passes unless apex is installed; torch's fused kernel, for CPU
-and CUDA, in one. Flags are those of ``--optimizer adam``. Two differences: eps is added after the bias correction, as
-in the paper (arXiv 1412.6980) and in torch, before it in fairseq; and states do not load into each other.
+Experts are most of a sparse model's parameters and few of its FLOPs, so the optimiser takes a larger share of an update
+than in a dense model. fairseq's Adam reads and writes the parameters in a dozen passes unless apex is installed,
+torch's fused kernel for CPU and CUDA in one. Flags are those of ``--optimizer adam``. There are two differences: eps is
+added after the bias correction, as in the paper (arXiv 1412.6980) and in torch, while fairseq adds it before; and the
+states of the two optimisers do not load into each other.
 """
 
 # No "from __future__ import annotations" here: fairseq reads the types of dataclass fields.
@@ -39,7 +40,7 @@ class FusedAdam(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """Settings of the flags, which replace those of a loaded state."""
+        """The settings of the flags, which replace those of a loaded state."""
         lr, betas = (_plain(value) for value in (self.cfg.lr, self.cfg.adam_betas))
         return {
             "lr": lr[0] if isinstance(lr, (list, tuple)) else lr,
@@ -50,7 +51,7 @@ class FusedAdam(FairseqOptimizer):
 
 
 def _plain(value: Any) -> Any:
-    """A flag's text or a YAML's list as a Python value."""
+    """The Python value of a flag's text or of a YAML's list."""
     if isinstance(value, str):
         return ast.literal_eval(value)
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,14 +1,14 @@
-"""Every run-time patch of fairseq, one file a subject; docs/patches.md has the table of what and why.
+"""All run-time patches of fairseq, one file for each subject; docs/patches.md has a table of them with reasons.
 
-fairseq itself is never edited. The package's door installs all but ``expert_parallel``, which the first model with
-spread experts installs.
+fairseq itself is never edited. `xmoe_fairseq.__init__` installs all patches but ``expert_parallel``, which the first
+model with spread experts installs.
 """
 
 from __future__ import annotations
 
 
 def install() -> None:
-    """Install what every command needs; doing it again changes nothing."""
+    """Install the patches that every command needs; a second call changes nothing."""
     from . import (
         amp,
         checkpoint_files,
@@ -35,5 +35,6 @@ def install() -> None:
         patch.install()
 
 
-# The door calls install() when fairseq is imported: here, before any module of this folder is half imported.
+# `xmoe_fairseq.__init__` calls install() when fairseq is imported, so fairseq is imported here, before this folder's
+# modules are.
 import fairseq  # noqa: E402, F401

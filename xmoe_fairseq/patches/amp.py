@@ -1,13 +1,14 @@
-"""``--amp`` as it is meant: gradients unscaled once, a loss scale that is kept, on every device, for every rank.
+"""Mend ``--amp``: unscale gradients once, save the loss scale, and support every device and several ranks.
 
-fairseq's AMPOptimizer unscales the gradients of the torch optimiser, then hands its own wrapper to ``GradScaler.step``.
-GradScaler knows optimisers by identity, so it divides by the loss scale a second time: Adam sees gradients too small by
-the scale, and its eps grows by as much. The scale was not saved either, ``--amp-init-scale`` was ignored in favour of
-``--fp16-init-scale``, and on a CPU ``--amp`` computed in float32.
+fairseq's AMPOptimizer unscales the gradients of the torch optimiser and then gives its own wrapper to
+``GradScaler.step``. GradScaler identifies optimisers by object, so it divides by the loss scale a second time. Adam
+then gets gradients that are too small by the scale, which makes its eps too large by as much. Moreover fairseq does not
+save the scale, ignores ``--amp-init-scale`` in favour of ``--fp16-init-scale``, and computes ``--amp`` on a CPU in
+float32.
 
-``--amp --bf16`` together mean autocast to bfloat16: parameters, gradients and checkpoints stay float32, as with
-``--amp`` alone, and no loss scale is needed. (``--bf16`` alone is fairseq's: the whole model in bfloat16 with a float32
-copy in the optimiser, which is not saved.)
+``--amp --bf16`` together select autocast to bfloat16: parameters, gradients and checkpoints stay float32, as with
+``--amp`` alone, and no loss scale is needed. ``--bf16`` alone stays fairseq's: the whole model in bfloat16, with a
+float32 copy in the optimiser that is not saved.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Wrap the optimiser, and what tells it the device and the number format."""
+    """Wrap the optimiser, and the functions that give it the device and the number format."""
     wrap(Trainer, "__init__", "amp-bfloat16", _start)
     wrap(Trainer, "_build_optimizer", "amp-bfloat16", _build_optimizer)
     wrap(FairseqTask, "train_step", "amp-bfloat16", _train_step)
@@ -44,11 +45,11 @@ def _start(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any
     trainer.amp_dtype = torch.bfloat16 if both else torch.float16
     if both:
         logger.info("--amp --bf16: autocast to bfloat16, float32 parameters, no loss scale")
-        # fairseq would make the whole model bfloat16, and without a GPU look for a TPU
+        # fairseq would make the whole model bfloat16 and, without a GPU, look for a TPU
         cfg.common.bf16, cfg.common.tpu = False, False
     original(trainer, cfg, *args, **kwargs)
     if both:
-        cfg.common.bf16 = True  # what the checkpoint says
+        cfg.common.bf16 = True  # the class name in the checkpoint
 
 
 def _build_optimizer(original: Callable[..., None], trainer: Trainer) -> None:
@@ -56,12 +57,12 @@ def _build_optimizer(original: Callable[..., None], trainer: Trainer) -> None:
     _accept_other_precision(trainer)
     if isinstance(trainer.optimizer, AMPOptimizer):
         trainer.optimizer.amp_dtype = trainer.amp_dtype
-        if trainer.amp_dtype is torch.bfloat16:  # float32's exponents: nothing to scale
+        if trainer.amp_dtype is torch.bfloat16:  # bfloat16 has float32's exponents, so no loss scale is needed
             trainer.optimizer._grad_scaler = torch.amp.GradScaler(trainer.device.type, enabled=False)
 
 
 def _accept_other_precision(trainer: Trainer) -> None:
-    """Let a checkpoint of --amp continue in float32, and the other way: the optimiser within is the same.
+    """Let a checkpoint of --amp continue in float32 and the reverse, since the optimiser inside is the same.
 
     fairseq compares class names while it loads, after it has built the optimiser.
     """
@@ -104,7 +105,7 @@ def _train_step(
 
 
 class _Autocast:
-    """A criterion whose forward pass runs under autocast of one device and type; fairseq's own is float16 on CUDA."""
+    """Runs a criterion's forward pass under autocast of one device and dtype; fairseq's own is float16 on CUDA."""
 
     def __init__(self, criterion: Any, device: str, dtype: torch.dtype) -> None:
         self._criterion, self._device, self._dtype = criterion, device, dtype
@@ -118,20 +119,20 @@ class _Autocast:
 
 
 def _step(_original: Callable[..., None], optimizer: AMPOptimizer) -> None:
-    optimizer.scaler.step(optimizer.optimizer)  # the one that clip_grad_norm has unscaled
+    optimizer.scaler.step(optimizer.optimizer)  # the optimiser that clip_grad_norm has unscaled
     optimizer.scaler.update()
 
 
 def _clip_grad_norm(original: Callable[..., Any], optimizer: AMPOptimizer, *args: Any, **kwargs: Any) -> Any:
     if not optimizer.scaler.is_enabled():
         norm = optimizer.fp32_optimizer.clip_grad_norm(*args, **kwargs)
-        if not torch.isfinite(norm).all():  # no scale to lower: as in float32, an error that fairseq looks into
+        if not torch.isfinite(norm).all():  # without a scale to lower, fairseq treats it as an error, as in float32
             raise FloatingPointError("gradients are Nan/Inf")
         return norm
     norm = original(optimizer, *args, **kwargs)
     group_size = distributed_utils.get_data_parallel_world_size()
     if group_size > 1:
-        # experts differ by rank: an overflow of one of them must skip the update, and lower the scale, everywhere
+        # experts differ by rank, so an overflow on one rank must skip the update and lower the scale on all ranks
         for found in optimizer.scaler._found_inf_per_device(optimizer.optimizer).values():
             distributed_utils.all_reduce(found, group=distributed_utils.get_data_parallel_group(), op="max")
     return norm
@@ -147,6 +148,6 @@ def _load_state_dict(
     saved = state.get("loss_scaler")
     original(optimizer, {name: value for name, value in state.items() if name != "loss_scaler"}, overrides)
     if saved and optimizer.scaler.is_enabled():
-        window = optimizer.scaler.get_growth_interval()  # that of the flags, like Adam's settings
+        window = optimizer.scaler.get_growth_interval()  # the flags' value, as for Adam's settings
         optimizer.scaler.load_state_dict(saved)
         optimizer.scaler.set_growth_interval(window)

@@ -4,8 +4,8 @@ Four functions of fairseq are wrapped at run time:
 
 - Reading checks the checksums, and a refused or damaged file gets a clear message.
 - Resuming continues from the last good checkpoint of the folder if ``checkpoint_last.pt`` is damaged.
-- Copying (``checkpoint1.pt`` to ``checkpoint_last.pt``) writes beside the target, then moves. fairseq copies in place,
-  and a process killed meanwhile leaves half a file.
+- Copying (``checkpoint1.pt`` to ``checkpoint_last.pt``) writes beside the target and then moves. fairseq copies in
+  place, and a process that is killed meanwhile leaves half a file.
 - Broadcasting what rank 0 read sends plain data. fairseq pickles its configuration object, which torch >= 2.6 refuses
   on the other side.
 """
@@ -57,7 +57,8 @@ def _read_checked(original: Callable[..., Any], path: str, *args: Any, **kwargs:
     try:
         return _read(original, path, *args, **kwargs)
     except CheckpointError as error:
-        # One rank's part must not come from another update than the other ranks': only a whole model may fall back.
+        # All ranks' parts must come from one update, so only a file with the whole model may be replaced by an older
+        # one.
         if not _resuming or Path(path).name != "checkpoint_last.pt":
             raise
         good = latest_good(Path(path).parent)

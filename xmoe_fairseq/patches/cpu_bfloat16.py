@@ -1,4 +1,4 @@
-"""Let ``fairseq-train --cpu --bf16`` train: fairseq takes every ``--bf16`` without a GPU for a TPU and looks for one.
+"""Let ``fairseq-train --cpu --bf16`` train; fairseq looks for a TPU for every ``--bf16`` without a GPU.
 
 CPUs with AMX or AVX-512 bfloat16 train two to three times as fast in it.
 """
@@ -14,7 +14,7 @@ from .wrap import wrap
 
 
 def install() -> None:
-    """Take back fairseq's guess of a TPU when ``--cpu`` was given."""
+    """Set ``tpu`` back to False when ``--cpu`` was given."""
     wrap(Trainer, "__init__", "cpu-bfloat16", _start)
 
 

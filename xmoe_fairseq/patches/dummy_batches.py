@@ -1,6 +1,6 @@
-"""Mark the batches that stand in on a rank that has none left at the uneven end of an epoch.
+"""Mark the dummy batches that a rank gets when it has no batch left at the uneven end of an epoch.
 
-fairseq multiplies their loss by zero, but a criterion that adds up anything over ranks cannot tell them from real ones.
+fairseq multiplies their loss by zero, but a criterion that sums over ranks cannot tell them from real batches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A training that is stopped anywhere and continued ends as one that was not: with early stopping, in particular.
+"""Make an interrupted and continued training end as an uninterrupted one does, with early stopping too.
 
-fairseq keeps the state of early stopping in attributes of a function, so a resumed run starts to count anew. It counts
-validations at epoch ends like those of the chosen interval. It trains one more update when a finished run is
-started again. Here that state lies in the checkpoint.
+fairseq keeps the state of early stopping in attributes of a function, so that a resumed run starts to count anew. It
+also counts validations at epoch ends like those of the chosen interval, and trains one more update when a finished run
+is started again. Here the checkpoint holds that state.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fairseq.trainer import Trainer
 from .wrap import training_loops, wrap
 
 logger = logging.getLogger(__name__)
-# State of the trainer whose validation is going on: fairseq's should_stop_early is not told which.
+# The state of the trainer that validates now, since fairseq's should_stop_early does not receive the trainer.
 _current: Patience | None = None
 
 
 @dataclass
 class Patience:
-    """State of early stopping.
+    """The state of early stopping.
 
     Attributes:
-        metric: what ``best`` is, fairseq's --best-checkpoint-metric.
+        metric: the name of ``best``, fairseq's --best-checkpoint-metric.
         best: the best value so far; None before the first validation.
-        num_runs: validations since then that count.
-        counts: whether the next validation counts; not saved.
+        num_runs: counted validations since then.
+        counts: True if the next validation counts; not saved.
     """
 
     metric: str
@@ -41,19 +41,19 @@ class Patience:
     counts: bool = True
 
     def add(self, value: float, *, maximize: bool) -> None:
-        """Take in a validation: a better one is remembered wherever it happens, a worse one counts at the interval."""
+        """Add a validation: a better value is always kept, a worse one counts only at the interval."""
         if self.best is None or (value > self.best if maximize else value < self.best):
             self.best, self.num_runs = float(value), 0
         elif self.counts:
             self.num_runs += 1
 
     def is_used_up(self, patience: int) -> bool:
-        """Whether training ends, with --patience of ``patience``; 0 and less: never."""
+        """True if training ends with --patience ``patience``; 0 and less never ends it."""
         return 0 < patience <= self.num_runs
 
 
 def install() -> None:
-    """Wrap what the training loop calls; the loop's own functions when a trainer is built."""
+    """Wrap the functions that the training loop calls, and the loop's own functions when a trainer is built."""
     wrap(Trainer, "__init__", "kept-patience", _start)
     wrap(Trainer, "save_checkpoint", "kept-patience", _save_patience)
     wrap(Trainer, "load_checkpoint", "kept-patience", _load_patience)
@@ -63,7 +63,7 @@ def _start(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any
     original(trainer, cfg, *args, **kwargs)
     trainer.patience = Patience(trainer.cfg.checkpoint.best_checkpoint_metric)
     trainer.is_resumed = False
-    vars(checkpoint_utils.save_checkpoint).pop("best", None)  # of an earlier training in this process
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)  # state of an earlier training in this process
     for module in training_loops():
         wrap(module, "should_stop_early", "kept-patience", _should_stop_early)
         wrap(module, "validate_and_save", "kept-patience", _validate_and_save)
@@ -72,7 +72,7 @@ def _start(original: Callable[..., None], trainer: Trainer, cfg: Any, *args: Any
 
 def _should_stop_early(original: Callable[..., bool], cfg: Any, valid_loss: float | None) -> bool:
     patience = _current
-    if patience is None:  # called by another loop than fairseq's
+    if patience is None:  # another loop than fairseq's called it
         return original(cfg, valid_loss)
     if valid_loss is None or cfg.checkpoint.patience <= 0:
         return False
@@ -96,7 +96,7 @@ def _validate_and_save(
     intervals = (cfg.checkpoint.save_interval_updates, cfg.dataset.validate_interval_updates)
     intervals = [interval for interval in intervals if interval > 0]
     updates = trainer.get_num_updates()
-    # without an interval in updates validations happen at epoch ends, and those are what patience counts
+    # without an interval in updates, validations are at epoch ends, and patience counts those
     trainer.patience.counts = not intervals or any(updates % interval == 0 for interval in intervals)
     _current = trainer.patience
     try:
@@ -149,7 +149,7 @@ def _train(original: Callable[..., Any], cfg: Any, trainer: Trainer, task: Any, 
 
 
 def _is_finished(cfg: Any, trainer: Trainer) -> bool:
-    """Whether the run that wrote the checkpoint had come to its end; fairseq would train one more update to see it."""
+    """True if the run that wrote the checkpoint was finished; fairseq would train one more update to find out."""
     updates, max_update = trainer.get_num_updates(), cfg.optimization.max_update or math.inf
     if updates >= max_update:
         logger.info("the checkpoint has %d updates, max_update is %d: nothing left to train", updates, max_update)
@@ -161,13 +161,13 @@ def _is_finished(cfg: Any, trainer: Trainer) -> bool:
 
 
 def _remove_half_written(folder: Path) -> None:
-    """What a killed process of this run was writing; its names are those of fairseq and of ``write_aside``."""
+    """Remove files that a killed process of this run was writing, by the names of fairseq and of ``write_aside``."""
     for partial in (*folder.glob(".checkpoint*.partial-*"), *folder.glob("checkpoint*.pt.tmp")):
         partial.unlink(missing_ok=True)
 
 
 def _remove_surplus(cfg: Any, suffix: str) -> None:
-    """What fairseq removes after its last save, in case the process was killed between the two."""
+    """Remove the files that fairseq removes after its last save, if the process was killed between the two."""
     kept = {
         rf"checkpoint_\d+_(\d+){suffix}\.pt": cfg.keep_interval_updates
         if cfg.keep_interval_updates_pattern == -1
@@ -176,7 +176,7 @@ def _remove_surplus(cfg: Any, suffix: str) -> None:
         rf"checkpoint\.best_{cfg.best_checkpoint_metric}_(\d+\.?\d*){suffix}\.pt": cfg.keep_best_checkpoints,
     }
     for pattern, number in kept.items():
-        paths = checkpoint_utils.checkpoint_paths(cfg.save_dir, pattern=pattern)  # descending
+        paths = checkpoint_utils.checkpoint_paths(cfg.save_dir, pattern=pattern)  # in descending order
         if "best" in pattern and not cfg.maximize_best_checkpoint_metric:
             paths = paths[::-1]
         for path in paths[number:] if number > 0 else []:

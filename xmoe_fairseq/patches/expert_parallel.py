@@ -1,11 +1,11 @@
-"""What fairseq's trainer must know when ``--moe-expert-parallel`` spreads experts over ranks.
+"""Let fairseq's trainer work with experts that ``--moe-expert-parallel`` spreads over ranks.
 
-Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. It lacks three things, added
-here around its own functions, when the first expert-parallel model of a process is built and not before:
+Stock fairseq already leaves parameters marked ``expert`` out of its gradient all-reduce. Three things are added around
+its functions when the first expert-parallel model of a process is built:
 
 - The gradient norm is that of replicated experts, equal on every rank. Stock fairseq leaves experts out of it.
-- Saving gathers all experts and their optimiser state where every rank passes (``Trainer.consolidate_optimizer``).
-  Rank 0 writes one file, as ever.
+- Saving gathers all experts and their optimiser state in ``Trainer.consolidate_optimizer``, which every rank calls.
+  Rank 0 writes one file, as without expert parallelism.
 - Loading reads the file on rank 0, which sends each rank its slice of the experts and of their optimiser state.
 """
 
@@ -35,7 +35,7 @@ _loading: Trainer | None = None
 
 
 def install() -> None:
-    """Wrap fairseq's functions. Runs without parallel experts stay as they were."""
+    """Wrap fairseq's functions; runs without parallel experts are not affected."""
     wrap(utils, "clip_grad_norm_", "expert-gradient-norm", _clip_grad_norm)
     wrap(Trainer, "__init__", "expert-parallel-checks", _start)
     wrap(Trainer, "_build_optimizer", "expert-moments-of-this-rank", _build_optimizer)
@@ -65,13 +65,13 @@ def _start(original: Callable[..., Any], trainer: Trainer, cfg: Any, task: Any, 
     experts = parallel_experts(model)
     if experts:
         check_supported(cfg, task)
-        # torch's DDP reads this; it must neither broadcast nor reduce what differs from rank to rank
+        # torch's DDP reads this list of names, and neither broadcasts nor reduces the experts, which differ by rank
         model._ddp_params_and_buffers_to_ignore = [f"{name}.{weight}" for name in experts for weight in WEIGHTS]
     original(trainer, cfg, task, model, *rest)
 
 
 def check_supported(cfg: Any, task: Any) -> None:
-    """ValueError for fairseq options that expert parallelism cannot honour.
+    """Raise ValueError for fairseq options that expert parallelism cannot honour.
 
     Args:
         cfg: fairseq's whole configuration.
@@ -97,7 +97,7 @@ def check_supported(cfg: Any, task: Any) -> None:
 
 
 class _Whole(NamedTuple):
-    """All experts, on rank 0, between gathering and saving: names as in the state dict, optimiser slots by position."""
+    """All experts on rank 0 between gathering and saving: by names of the state dict, optimiser slots by position."""
 
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
@@ -110,7 +110,7 @@ def _consolidate(original: Callable[..., Any], trainer: Trainer) -> None:
     original(trainer)
     if not parallel_experts(trainer.get_model()):
         return
-    trainer._whole_experts = None  # frees what an unsaved gathering left
+    trainer._whole_experts = None  # frees the tensors of a gathering that was not saved
     ema = _gather_weights(trainer.ema.get_model()) if trainer.cfg.ema.store_ema else {}
     optimizer = {} if trainer.cfg.checkpoint.no_save_optimizer_state else _gather_slots(trainer.optimizer.optimizer)
     whole = _Whole(_gather_weights(trainer.get_model()), ema, optimizer)
@@ -119,10 +119,10 @@ def _consolidate(original: Callable[..., Any], trainer: Trainer) -> None:
 
 
 def _never_gather_alone(error: BaseException | None) -> None:
-    """fairseq saves crash.pt when a rank raises in a forward pass; the others are not there to gather experts from.
+    """Do not write crash.pt when one rank raises in a forward pass, since the other ranks do not join the gathering.
 
-    They wait in an exchange that this rank left. So it ends with its own error, and its connections end theirs. An
-    infinite gradient norm is the same on every rank: that crash.pt is written.
+    They wait in an exchange that this rank left. This rank ends with its own error, and its closed connections end the
+    others. An infinite gradient norm is the same on every rank, and its crash.pt is written.
     """
     frame = error.__traceback__ if error is not None else None
     while frame is not None:
@@ -181,7 +181,7 @@ def _load_checkpoint(original: Callable[..., Any], trainer: Trainer, *args: Any,
 
 
 def _broadcast(original: Callable[..., Any], obj: Any, src_rank: int, group: Any, dist_device: Any = None) -> Any:
-    """While a checkpoint is loaded: send all but the experts to every rank, then each rank its part of each expert."""
+    """While a checkpoint is loaded, send every rank all but the experts, and then its own experts."""
     if _loading is None:
         return original(obj, src_rank, group, dist_device)
     trainer, is_source = _loading, distributed_utils.get_rank(group) == src_rank
@@ -189,7 +189,7 @@ def _broadcast(original: Callable[..., Any], obj: Any, src_rank: int, group: Any
     if is_source:
         obj["expert_tensors"] = [(path, list(value.shape), str(value.dtype)) for path, value in whole.items()]
     received = original(obj, src_rank, group, dist_device)
-    state = obj if is_source else received  # fairseq goes on with the object that it read
+    state = obj if is_source else received  # fairseq continues with the object that it read
     for path, shape, dtype in state.pop("expert_tensors"):
         device = dist_device or trainer.device
         part = torch.empty(shape[0] // num_ranks(), *shape[1:], dtype=getattr(torch, dtype[6:]), device=device)
@@ -227,7 +227,7 @@ def _build_optimizer(original: Callable[..., Any], trainer: Trainer) -> None:
 
 
 def _slice_slots(held: slice, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Cut the state of all experts down to this rank's, in place: fairseq's half-precision optimisers read it again."""
+    """Reduce the state of all experts to this rank's in place, since half-precision optimisers read it again."""
     for position, param in _expert_positions(optimizer).items():
         slots = state_dict["state"].get(position, {})
         for name, value in slots.items():

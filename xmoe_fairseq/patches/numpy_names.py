@@ -1,4 +1,4 @@
-"""A name that fairseq 0.12 still asks NumPy for: in evaluating language models and in ``num_tokens_vec``."""
+"""Define a name that fairseq 0.12 still uses of NumPy, in evaluating language models and in ``num_tokens_vec``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .wrap import INSTALLED
 
 
 def install() -> None:
-    """Give a NumPy without ``numpy.compat`` its ``long``, which was ``int``; calling it again changes nothing."""
+    """Give a NumPy without ``numpy.compat`` its ``long``, which was ``int``; a second call changes nothing."""
     if "compat" not in vars(np):
         vars(np)["compat"] = types.SimpleNamespace(long=int)
         INSTALLED["numpy-names"] = ["numpy.compat"]

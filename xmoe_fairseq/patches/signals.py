@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1 end a training in good order: the update at work is finished, the checkpoint is written.
+"""End a training at SIGTERM or SIGUSR1 after the current update, with a checkpoint.
 
-``checkpoint_last.pt`` is saved, ``MARKER`` beside it, and the process exits with ``SAVED``. docs/interruptions.md tells
-how scripts use it.
+``checkpoint_last.pt`` and the file ``MARKER`` are written, and the process exits with ``SAVED``. docs/interruptions.md
+tells how scripts use it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .wrap import training_loops, wrap
 logger = logging.getLogger(__name__)
 # EX_TEMPFAIL of sysexits.h: try again later. The checkpoint is written and the same command continues.
 SAVED = 75
-# Written into --save-dir with the checkpoint, for launchers that change exit codes (torchrun makes 1 of any).
+# This file in --save-dir tells of the checkpoint where a launcher changes exit codes (torchrun makes all of them 1).
 MARKER = "stopped-by-signal"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -36,7 +36,7 @@ _previous_handlers: dict[int, Any] = {}
 
 
 def install() -> None:
-    """Wrap what starts the ranks; the training loop's own functions when a trainer is built."""
+    """Wrap the function that starts the ranks, and the loop's own functions when a trainer is built."""
     wrap(Trainer, "__init__", "stop-by-signal", _start)
     wrap(Trainer, "consolidate_optimizer", "stop-by-signal", _note_saving)
     wrap(distributed_utils, "call_main", "stop-by-signal", _call_main)
@@ -74,7 +74,7 @@ def _validate_and_save(original: Callable[..., Any], cfg: Any, trainer: Trainer,
 
 
 def _handles_signals(cfg: Any) -> bool:
-    """Not where nothing could be continued from, and not in a thread, where Python allows no handlers."""
+    """True if this run saves checkpoints to continue from, and is not in a thread, where Python allows no handlers."""
     return not (cfg.checkpoint.no_save or cfg.checkpoint.no_last_checkpoints) and (
         threading.current_thread() is threading.main_thread()
     )
@@ -96,12 +96,13 @@ def _stop_listening() -> None:
 def _note(number: int, _frame: Any) -> None:
     global _received
     _received = number
-    # A SIGTERM for the whole process group ends torch's loading workers, whose end would raise here in mid-update.
+    # A SIGTERM for the whole process group also ends torch's loading workers, and their end would raise here in an
+    # update.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _signal_on_any_rank(trainer: Trainer) -> bool:
-    """The same answer on every rank: ranks receive a signal between different updates."""
+    """True on every rank if any rank received a signal, because ranks receive it between different updates."""
     if trainer.data_parallel_world_size == 1:
         return _received is not None
     flag = torch.tensor([float(_received is not None)], device=trainer.device)
@@ -134,13 +135,13 @@ def _save_and_exit(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any) -> Non
             "stopped by a signal at update %d, saved; the same command continues (exit code %d)", updates, SAVED
         )
     if trainer.data_parallel_world_size > 1:
-        torch.distributed.barrier()  # a rank that left while rank 0 writes would end the others
+        torch.distributed.barrier()  # a rank that ends while rank 0 writes would end the others
     _stop_listening()
     raise SystemExit(SAVED)
 
 
 def _call_main(original: Callable[..., Any], cfg: Any, main: Any, **kwargs: Any) -> Any:
-    """Where fairseq-train itself starts the ranks: pass signals on to them, and their exit code out."""
+    """Where fairseq-train itself starts the ranks, pass signals on to them and return their exit code."""
     spawns = cfg.distributed_training.distributed_world_size > 1 and not cfg.distributed_training.distributed_no_spawn
     if not spawns or threading.current_thread() is not threading.main_thread():
         return original(cfg, main, **kwargs)

@@ -1,8 +1,8 @@
-"""Validation by translation: BLEU and chrF2++ of detokenised text, to select and stop by (fairseq's ``--eval-bleu``).
+"""Validate by translation: BLEU and chrF2++ of detokenised text, to select and stop by (fairseq's ``--eval-bleu``).
 
-fairseq's BLEU is right where its two flags undo the subwords of the data: it adds up counts over batches and ranks. It
-says nothing where they do not: with SentencePiece data and the flag's default of ``@@ `` it scores pieces, which are
-more and easier than words. chrF2++ is added here, from the same translations.
+fairseq's BLEU sums counts over batches and ranks and is right if its two flags undo the subwords of the data. Otherwise
+it gives no warning: with SentencePiece data and the flag's default of ``@@ `` it scores pieces, which are more and
+easier than words. This refuses such a setting, and adds chrF2++ of the same translations.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .wrap import wrap
 
 logger = logging.getLogger(__name__)
 SCORES = ("bleu", "chrf")
-# of sacrebleu's chrF2++: character n-grams to 6, word n-grams to 2; three counts each
+# counts of sacrebleu's chrF2++: three for each of 6 character and 2 word n-gram orders
 _CHRF = CHRF(word_order=2)
 _NUM_COUNTS = 3 * (_CHRF.char_order + _CHRF.word_order)
 
 
 def install() -> None:
-    """Wrap the translation task, and the trainer that is told what to select by."""
+    """Wrap the translation task, and the trainer that receives the metric to select by."""
     wrap(Trainer, "__init__", "validation-scores", _start)
     wrap(TranslationTask, "build_model", "validation-scores", _build_model)
     wrap(TranslationTask, "_inference_with_bleu", "validation-scores", _translate_and_score)
@@ -59,7 +59,7 @@ def _build_model(original: Callable[..., Any], task: TranslationTask, *args: Any
 
 
 def check_detokenised(remove_bpe: str | None, symbols: list[str]) -> None:
-    """ValueError where ``--eval-bleu-remove-bpe`` would leave the subwords of these dictionary entries in place."""
+    """Raise ValueError if ``--eval-bleu-remove-bpe`` leaves the subwords of these dictionary entries in place."""
     marks = {
         "sentencepiece": any(symbol.startswith("\u2581") for symbol in symbols),
         "subword_nmt": any(symbol.endswith("@@") for symbol in symbols),
@@ -83,7 +83,7 @@ def _translate_and_score(
         return task.tokenizer.decode(words) if task.tokenizer else words
 
     beams = task.inference_step(generator, [model], sample, prefix_tokens=None)
-    # unknown words of the two sides never match, and each is one word
+    # unknown words of the two sides never match, and each counts as one word
     hypotheses = [text(beam[0]["tokens"], "UNKNOWNTOKENINHYP") for beam in beams]
     targets = (utils.strip_pad(target, task.tgt_dict.pad()) for target in sample["target"])
     references = [text(target, "UNKNOWNTOKENINREF") for target in targets]
@@ -109,7 +109,7 @@ def _reduce_metrics(
     if not any("_chrf_0" in output for output in logging_outputs):
         return
     counts = [sum(float(output.get(f"_chrf_{index}", 0)) for output in logging_outputs) for index in range(_NUM_COUNTS)]
-    metrics.log_scalar("_chrf_counts", np.array(counts))  # log_scalar adds arrays up
+    metrics.log_scalar("_chrf_counts", np.array(counts))  # log_scalar sums arrays
     metrics.log_derived("chrf", lambda meters: round(_chrf(meters["_chrf_counts"].sum), 2))
 
 

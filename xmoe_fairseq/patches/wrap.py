@@ -1,7 +1,7 @@
-"""The one way in which this package changes fairseq at run time: a named wrapper around a function or method.
+"""Wrap functions and methods of fairseq at run time under a name; this package changes fairseq in no other way.
 
-A wrapper is ``wrapper(original, *args, **kwargs)``. The name stands in docs/patches.md and on the wrapped function, so
-that whoever meets it in a traceback or a debugger can look it up.
+A wrapper is ``wrapper(original, *args, **kwargs)``. Its name stands in docs/patches.md and on the wrapped function, so
+that it can be looked up from a traceback or a debugger.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-# Name -> what it wraps ("fairseq.trainer.Trainer.state_dict"), of every patch that has been installed.
+# Name of every installed patch -> the function that it wraps, such as "fairseq.trainer.Trainer.state_dict".
 INSTALLED: dict[str, list[str]] = {}
 
 
 def wrap(owner: Any, attribute: str, name: str, wrapper: Callable[..., Any]) -> None:
-    """Let ``wrapper`` run in place of ``owner.attribute``; doing it again under the same name changes nothing.
+    """Let ``wrapper`` run in place of ``owner.attribute``; a second call under the same name changes nothing.
 
     Args:
         owner: a module or a class. A static method stays static; a class method is not supported.
         name: the patch's name in docs/patches.md.
-        wrapper: called with the original function, then with what the caller gave.
+        wrapper: called with the original function, followed by the caller's arguments.
     """
     original = getattr(owner, attribute)
     if name in patches_of(original):
@@ -41,12 +41,12 @@ def wrap(owner: Any, attribute: str, name: str, wrapper: Callable[..., Any]) -> 
 
 
 def patches_of(function: Any) -> tuple[str, ...]:
-    """Names of the patches around ``function``, the innermost first."""
+    """The names of the patches around ``function``, the innermost first."""
     return getattr(function, "xmoe_patches", ())
 
 
 def training_loops() -> Iterator[ModuleType]:
-    """fairseq_cli.train where it is loaded: it comes before or after this package, and also runs as a script."""
+    """The loaded modules of fairseq_cli.train, which is imported before or after this package or runs as a script."""
     for name in ("fairseq_cli.train", "__main__"):
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "validate_and_save") and hasattr(module, "should_stop_early"):

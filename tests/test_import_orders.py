@@ -1,4 +1,4 @@
-"""The door: what importing the package does, in every order of imports."""
+"""What importing the package does, in every order of imports."""
 
 from __future__ import annotations
 
