@@ -1,4 +1,4 @@
-"""What spreading experts over GPUs costs and saves, computed: the table of docs/scaling.md for one model.
+"""Compute what spreading experts over GPUs costs and saves: the table of docs/scaling.md for one model.
 
 xmoe bench cost-model --ranks 8 16 32
 """

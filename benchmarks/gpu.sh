@@ -4,7 +4,7 @@ usage() {
     cat <<'TEXT'
 Usage: benchmarks/gpu.sh [--part NAME]... [--out DIR] [options]
 
-What there is to prove and to measure on a GPU (docs/gpu.md), in parts of at most 9 minutes. Each part can be run alone
+Runs the tests and measurements that need a GPU (docs/gpu.md), in parts of at most 9 minutes. Each part can be run alone
 and again; a part replaces its own files. Without --part all run in this order, and one that fails does not stop the
 others.
 

@@ -84,7 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("prepare phrases", __doc__.split("\n")[0])
     parser.flag("--pair", type=source_of, default="uk-en", metavar="SRC-en", help="SRC is uk, de, ru, he or zh")
     parser.flag("--out", type=Path, required=True, metavar="DIR", help="folder for {train,valid,test}.{SRC,en}")
-    parser.flag("--seed", default=1, help="another seed, another corpus")
+    parser.flag("--seed", default=1, help="seed of the corpus")
     for split, size in (("train", 12_000), ("valid", 500), ("test", 500)):
         parser.add_argument(f"--{split}", type=at_least(1), default=size, metavar="N", help=f"lines (default {size})")
     return parser.parse_args(argv)

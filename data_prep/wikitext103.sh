@@ -5,7 +5,7 @@ usage() {
 Usage: data_prep/wikitext103.sh --out DIR [--train FILE --valid FILE --test FILE] [options]
 
 Data of a language model: downloads WikiText-103 (raw), or takes text files of yours without any download, cuts it
-into subwords and turns it into fairseq's binary format in DIR/bin. Text is read line by line; empty lines go.
+into subwords and turns it into fairseq's binary format in DIR/bin. Text is read line by line; empty lines are left out.
 
   --train, --valid, --test FILE   your own UTF-8 text instead of WikiText-103; all three or none
   --subwords TOOL    gpt2: the 50,257 byte-level subwords of GPT-2, as in the paper (downloads three files of 2 MB);

@@ -58,7 +58,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--skip-others",
         action="store_true",
-        help="no threshold router, or a budget below one expert, is no error: only the reason is written, to --report",
+        help="exit 0 if there is no threshold router or the budget is below one expert; --report gets the reason",
     )
     return parser.parse_args(argv)
 

@@ -11,8 +11,9 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
   --set KEY=VALUE         change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
   --seed N                seed of the training (default: 1)
-  --data-bin DIR          take the data of data_prep/binarise.sh --out DIR, whose test split is that of --test, and
-  --subword-model DIR     the subwords they were made with; leaves out subwords, encode, binarise, --train, --valid
+  --data-bin DIR          take binary data from data_prep/binarise.sh (its test split must be that of --test); leaves out
+                          subwords, encode, binarise, --train and --valid; needs --subword-model
+  --subword-model DIR     the subwords that the data of --data-bin were made with
   --test-set NAME         what the test set is, kept in scores.json, e.g. wmt22 (default: the last part of its PREFIX)
   --subwords TOOL         sentencepiece (default) or subword-nmt; BPE learned on both languages together
   --vocab-size N          subwords (default: 8000; for subword-nmt: merges)

@@ -10,7 +10,7 @@ ends with an error the others are ended too, and the same command continues from
 SIGUSR1 and SIGTERM save the training and end it; a second SIGTERM ends it at once.
 
   --ranks N           processes, at least 1
-  --grace SECONDS     what the other ranks get, after one failed, to end with their own message (default 20)
+  --grace SECONDS     time that the other ranks get to end with their own message after one failed (default 20)
   --dry-run           print the commands instead of running them
   -h, --help          this text
 

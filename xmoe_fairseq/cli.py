@@ -148,11 +148,12 @@ def command_line(command: Command, arguments: Sequence[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a command, with the checkout's modules and without its libraries' deprecation notes."""
+    """The environment of a command, with the checkout's modules and without warnings of its libraries and of runpy."""
     found = dict(os.environ)
     paths = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
     found["PYTHONPATH"] = os.pathsep.join(paths)
-    found.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning")
+    kinds = ("FutureWarning", "DeprecationWarning", "UserWarning", "RuntimeWarning:runpy")
+    found.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in kinds))
     if (Path(sys.prefix) / ".xmoe-runtime").is_file():  # written by scripts/setup.sh
         found.setdefault("XMOE_VENV", sys.prefix)
     return found

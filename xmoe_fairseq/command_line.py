@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -199,7 +200,7 @@ def command_parser(name: str, text: str | None, **options: Any) -> CommandParser
     """The parser of ``xmoe NAME``; ``text`` is the module's docstring: a first line, and what --help tells below."""
     first, _, rest = (text or "").partition("\n")
     settings: dict[str, Any] = {"prog": f"xmoe {name}", "formatter_class": argparse.RawDescriptionHelpFormatter}
-    return CommandParser(description=first, epilog=rest.strip("\n"), **settings | options)
+    return CommandParser(description=textwrap.fill(first, 118), epilog=rest.strip("\n"), **settings | options)
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -152,7 +152,9 @@ def _parser() -> CommandParser:
         "optimiser state is left out.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoints", nargs="+", metavar="FILE", help="these; settings come from the last one")
+    source.add_argument(
+        "--checkpoints", nargs="+", metavar="FILE", help="files to average; settings come from the last"
+    )
     parser.old_name("--inputs", "--checkpoints")
     source.add_argument("--best-of", metavar="DIR", help="the --num best of a folder by the stored validation score")
     source.add_argument("--last-of", metavar="DIR", help="the --num last of a folder by number of updates")

@@ -238,19 +238,22 @@ def start_router(w1_FD: Tensor, unit_EF: Tensor, how: DenseImport, generator: to
 def _parser() -> CommandParser:
     parser = command_parser(
         "checkpoint import-dense",
-        "Make a mixture of experts of a dense fairseq transformer. split: experts that together are the "
-        "FFN, exactly at t = 1. copy: every expert the whole FFN (sparse up-cycling). The optimiser state is dropped: "
-        "train on with --finetune-from-model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "Make a mixture of experts of a dense fairseq transformer. --mode split cuts each FFN into experts, which "
+        "together compute it exactly at t = 1. --mode copy makes every expert a whole FFN (sparse up-cycling). The "
+        "optimiser state is dropped; train the result with --finetune-from-model.",
     )
     parser.flag("--checkpoint", old="--input", required=True, help="dense checkpoint")
     parser.flag("--out", old="--output", required=True)
     parser.flag("--num-experts", required=True, help="experts per MoE layer")
-    parser.add_argument("--mode", choices=("split", "copy"), default="split", help="cut the FFN up, or copy it")
-    parser.add_argument("--grouping", choices=GROUPINGS, default="contiguous", help="split: which units form an expert")
-    parser.add_argument("--router-start", choices=ROUTER_STARTS, default="zero", help="zero: exactly the dense model")
-    parser.add_argument("--router-scale", type=float, default=0.02, help="root mean square of the router's entries")
-    parser.flag("--seed", default=1, help="of random grouping, k-means and a random router")
+    for flag, choices, text in (
+        ("--mode", ("split", "copy"), "cut the FFN up, or copy it"),
+        ("--grouping", GROUPINGS, "split: which units form an expert"),
+        ("--router-start", ROUTER_STARTS, "zero: exactly the dense model"),
+    ):
+        parser.add_argument(flag, choices=choices, default=choices[0], help=f"{text} (default {choices[0]})")
+    entries = "root mean square of the router's entries (default 0.02)"
+    parser.add_argument("--router-scale", type=float, default=0.02, help=entries)
+    parser.flag("--seed", default=1, help="seed of random grouping, k-means and a random router")
     parser.add_argument("--router", choices=_routers(), help="default: threshold; copy: switch")
     for setting in _layer_flags():
         flag, default = setting.flag.replace("--moe-", "--"), OWN_DEFAULTS.get(setting.flat, setting.default)
@@ -258,7 +261,8 @@ def _parser() -> CommandParser:
             parser.add_argument(flag, action="store_true", help=setting.help)
         else:
             kind = argument_type(setting)
-            parser.add_argument(flag, type=kind, default=default, choices=setting.choices, help=setting.help)
+            text = setting.help if default is None else f"{setting.help} (default {default})"
+            parser.add_argument(flag, type=kind, default=default, choices=setting.choices, help=text)
     return parser
 
 

@@ -168,8 +168,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _parser() -> CommandParser:
     parser = command_parser(
         "checkpoint quantise",
-        "Make an int8 or bfloat16 checkpoint for inference; a float one stays what you train. Prints both sizes and "
-        "the error of every MoE layer; xmoe quantisation compares losses and translations.",
+        "Make an int8 or bfloat16 checkpoint for inference, which no training takes. Prints both sizes and the error "
+        "of every MoE layer; xmoe quantisation compares losses and translations.",
     )
     parser.flag("--checkpoint", required=True, help="a float one, sparse or dense")
     parser.flag("--out", required=True, metavar="PT", help="file to write; appears only when complete")

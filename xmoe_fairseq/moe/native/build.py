@@ -1,4 +1,4 @@
-"""Compile the library that computes few rows on an x86-64 CPU; a few seconds, no headers but the compiler's.
+"""Compile the library that computes few rows on an x86-64 CPU, in a few seconds, with the compiler alone.
 
     xmoe native
 
