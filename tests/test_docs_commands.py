@@ -55,6 +55,7 @@ def shown() -> list[tuple[str, list[str], bool]]:
     for path, line in lines:
         plain = re.sub(r"\[(?=--)|(?<=\w)\](?=\s|$)", "", line.replace("$PWD", "/folder"))
         words = shlex.split(plain, comments=True)
+        words = words[: words.index(">")] if ">" in words else words
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             del words[0]
         if words:
