@@ -1,7 +1,8 @@
-"""The slow truth: every router, capacity, output and loss as loops that a reader can check by eye.
+"""The slow reference: every router, capacity, output and loss as loops that a reader can check by eye.
 
-Imports nothing from the package. Probabilities are float64, decisions are made on Python numbers, so that the package's
-float32 arithmetic is measured against something better. Letters: T tokens, E experts, G gates (E and null experts).
+It imports nothing from the package. Probabilities are float64 and decisions are made on Python numbers, so that the
+package's float32 arithmetic is compared with a more exact one. Letters: T tokens, E experts, G gates (E and null
+experts).
 """
 
 from __future__ import annotations

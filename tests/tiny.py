@@ -1,4 +1,4 @@
-"""Models small enough to be built anew for a test; what they are filled with is up to the test."""
+"""Models small enough to be built for each test, which sets their weights."""
 
 from __future__ import annotations
 

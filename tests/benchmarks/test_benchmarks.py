@@ -1,4 +1,4 @@
-"""The measuring itself, on cases whose answer is known, and that the peers compute what they are said to compute."""
+"""The measuring on cases whose answer is known, and the peers against our layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machine code for GPUs that are not there: what is found in it, and that the kernels keep their promises."""
+"""Machine code for GPUs, inspected without one: spills and tensor-core instructions are found."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def test_a_loop_of_single_multiplications_counts_when_it_is_a_product() -> None:
         return f".L_x_3:\n{body}        /*02*/  BRA `(.L_x_3) ;\n"
 
     assert gpu_compile.inspect_code(code(64)) == {"tensor_core": 0, "loop_spills": 1}
-    assert gpu_compile.inspect_code(code(3)) == {"tensor_core": 0, "loop_spills": 0}  # an address, say
+    assert gpu_compile.inspect_code(code(3)) == {
+        "tensor_core": 0,
+        "loop_spills": 0,
+    }  # too few for a product; an address, say
 
 
 def test_every_shape_of_the_named_architectures_is_a_setting() -> None:

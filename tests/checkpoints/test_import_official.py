@@ -1,4 +1,4 @@
-"""Against a slow layer of our own; and, where the folder of recorded outputs of the official code is, against those."""
+"""The import against a slow layer of our own, and against recorded outputs of the official code where they are."""
 
 import argparse
 import os

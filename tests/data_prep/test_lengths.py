@@ -1,4 +1,4 @@
-"""What training and validation will leave out is known before the training, and what would end it."""
+"""Lengths tell before the training what training and validation leave out, and what would end it."""
 
 import json
 

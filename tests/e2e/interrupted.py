@@ -35,7 +35,7 @@ KILLED = 9
 
 
 class Events:
-    """Counts what happens, and strikes at the chosen event."""
+    """Counts events, and ends the process or sends the signal at the chosen one."""
 
     def __init__(self, at: int, how: str) -> None:
         self.at, self.how, self.count, self.is_training = at, how, 0, False

@@ -1,4 +1,4 @@
-"""eval.score and eval.check_oracle: sacreBLEU's own command line is the truth."""
+"""eval.score and eval.check_oracle against sacreBLEU's own command line."""
 
 import json
 import subprocess

@@ -52,7 +52,7 @@ def test_hypotheses_and_scores_are_those_of_fairseq_generate(tiny_model, config,
     found = {int(n): (text, float(score)) for n, score, text in re.findall(r"^D-(\d+)\t(\S+)\t(.*)$", output, re.M)}
     translations = translator.translate(tiny_model.source)
     assert [t.text for t in translations] == [found[n][0] for n in range(len(tiny_model.source))]
-    assert len({t.text for t in translations}) > 10  # a model that says one thing would prove nothing
+    assert len({t.text for t in translations}) > 10  # a model with one translation for everything would prove nothing
     for n, translation in enumerate(translations):  # fairseq prints base 2
         assert translation.score / math.log(2) == pytest.approx(found[n][1], rel=1e-4)
         assert translation.text == translator.decode(translation.tokens)

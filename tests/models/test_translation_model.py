@@ -1,4 +1,4 @@
-"""The encoder-decoder: where MoE layers stand, and that fairseq's promises still hold with them."""
+"""The encoder-decoder: places of MoE layers, and fairseq's features with them."""
 
 from __future__ import annotations
 

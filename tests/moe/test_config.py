@@ -1,4 +1,4 @@
-"""MoEConfig refuses what cannot work, and says what can."""
+"""MoEConfig refuses settings that cannot work, and names the allowed ones."""
 
 from __future__ import annotations
 

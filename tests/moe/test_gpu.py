@@ -27,7 +27,7 @@ pytestmark = [
 ]
 WIDTH, TOKENS = 64, 500
 NEAR = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-# Their choices are made with torch, and not without a look at the device: an auction, a table of token ids.
+# Their choices are made with torch and wait for the device: an auction, a table of token ids.
 LOOKS = ("base",)
 
 

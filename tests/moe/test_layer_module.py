@@ -117,7 +117,7 @@ def test_a_checkpointed_plan_keeps_the_gradient_of_its_balance_loss() -> None:
     layer(x)[1].balance_loss.backward()
     assert torch.equal(got, layer.router.weight.grad)
     assert got.abs().max() > 0
-    assert len(plans[""]) == 1  # the recomputation is not a second pass
+    assert len(plans[""]) == 1  # the recomputation is not recorded as a second pass
 
 
 def test_plans_are_recorded_once_per_call_and_hooks_are_taken_off() -> None:

@@ -1,4 +1,4 @@
-"""What the trainer learns about experts that lie on other ranks; whole training runs: tests/e2e/test_distributed.py."""
+"""The checks of expert parallelism; tests/e2e/test_distributed.py has whole training runs."""
 
 from __future__ import annotations
 

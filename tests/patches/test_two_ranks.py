@@ -1,4 +1,4 @@
-"""What only shows on two ranks: fairseq's trainer with Gloo on the CPU. Run as a program, this file is the ranks."""
+"""fairseq's trainer on two ranks with Gloo on the CPU. Run as a program, this file is the ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def same_on_both(value: torch.Tensor) -> bool:
 
 
 def check_overflow_on_one_rank() -> None:
-    """Spread experts, an infinite gradient in an expert of rank 1: both skip, both halve the scale, none parts."""
+    """With an infinite gradient in an expert of rank 1 both ranks skip the update and halve the scale."""
     run = trainer(PARALLEL, "--amp", "--amp-batch-retries", "1")
     update(run, share(0))
     expert = next(parameter for parameter in run.get_model().parameters() if hasattr(parameter, "expert"))
@@ -114,7 +114,7 @@ def check_layer_drop() -> None:
         update(run, share(number))
         count = torch.tensor([len(ran)])
         differs += not same_on_both(count)
-    assert differs  # else this checks nothing
+    assert differs  # otherwise this test would check nothing
     assert run.get_num_updates() == 6
     assert all(same_on_both(parameter.detach()) for parameter in run.get_model().parameters())
 

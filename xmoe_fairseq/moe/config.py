@@ -37,7 +37,7 @@ class MoEConfig:
         eval_capacity_factor: gamma at inference. A number saves compute but makes outputs depend on the batch, on its
             order and, in a decoder, on later tokens.
         min_capacity: rows every expert may take however small the batch (never more than there are tokens).
-        merge_experts: MEO (arXiv 2310.09832). Its router is top_k and it has no capacity; both are set so where they
+        merge_experts: MEO (arXiv 2310.09832). Its router is top_k and it has no capacity; both are set so if they
             are not given.
         normalize_weights: as in Mixtral (arXiv 2401.04088); XMoE's weights are the raw probabilities (Eq 2).
         input_jitter: as in Switch (arXiv 2101.03961).
@@ -95,7 +95,7 @@ class MoEConfig:
         if router is not None:
             given["router"] = router
         of_routers = router_settings()
-        kept = dict(given.pop("router_settings", ()))  # dataclasses.replace() hands on what it found
+        kept = dict(given.pop("router_settings", ()))  # dataclasses.replace() passes on the value that it found
         chosen = {name: given.pop(name, kept.get(name, setting.default)) for name, setting in of_routers.items()}
         values = {setting.name: setting.default for setting in LAYER_SETTINGS}
         values |= LAYERS[_kind(bool(given.get("merge_experts")))].own_defaults
@@ -129,7 +129,7 @@ class MoEConfig:
         router.check(self)
 
     def refuse(self, names: tuple[str, ...], because: str) -> None:
-        """Raise ValueError where one of these settings, which would have no effect, is not at its default."""
+        """Raise ValueError if one of these settings, which would have no effect, is not at its default."""
         for setting in (*LAYER_SETTINGS, *router_settings().values()):
             value = getattr(self, setting.name)
             if setting.name in names and value != setting.default:
@@ -161,7 +161,7 @@ class MoEConfig:
 
     @property
     def layer_kind(self) -> str:
-        """Which registered kind of layer this describes: ``merged`` or ``routed``."""
+        """The registered kind of layer that this describes: ``merged`` or ``routed``."""
         return _kind(self.merge_experts)
 
     @property
@@ -179,7 +179,7 @@ def _kind(merges: bool) -> str:
     return "merged" if merges else "routed"
 
 
-# What every layer has; those with a flat name ``moe_...`` are settings of a model too.
+# The settings of every layer; those with a flat name ``moe_...`` are settings of a model too.
 LAYER_SETTINGS = tuple(Setting(name=f.name, default=f.default, **f.metadata) for f in fields(MoEConfig) if f.metadata)
 RESERVED.update(setting.name for setting in LAYER_SETTINGS)
 

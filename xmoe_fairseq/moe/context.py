@@ -1,4 +1,4 @@
-"""The source sentence, for layers whose routing depends on it."""
+"""The source sentence as an argument of layers whose routing depends on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SentenceContext:
-    """Argument of a merged layer in a decoder, beside its input.
+    """An argument of a merged layer in a decoder, beside its input.
 
     Attributes:
         vector_BD: float, one vector per row of the batch: the mean of the encoder's final output over the source

@@ -39,8 +39,8 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
     State: ``router.*`` (routers/), ``experts.{w1,b1,w2,b2}`` (experts/stacked.py), ``shared.*`` with a shared
     expert.
 
-    With ``config.merge_experts`` the registered kind is ``MergedMoELayer`` (merged/layer.py), a subclass: callers need
-    not tell them apart.
+    With ``config.merge_experts`` the registered kind is ``MergedMoELayer`` (merged/layer.py), a subclass, which
+    callers use in the same way.
     """
 
     own_defaults: ClassVar[dict[str, Any]] = {}
@@ -97,7 +97,7 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
         dtype = compute_dtype(x)
         by_kernels = kernels.chosen(self.config, x.device, dtype, self.training)
         if real_T is not None and (not by_kernels or self.shared is not None):
-            # what padding holds must not matter: its gradient would be 0 * NaN, which a shared weight then sums
+            # a NaN at padding would reach the gradient of shared weights as 0 * NaN
             x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
         if by_kernels:
             x_TD, plan = kernels.make_plan(self.router, x_TD, real_T, ids_T, self.training, dtype)
@@ -109,14 +109,14 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
         return y_TD.to(x.dtype).view(x.shape), plan
 
     def _torch_plan(self, x_TD: Tensor, real_T: Tensor | None, ids_T: Tensor | None) -> RoutingPlan:
-        """Choices and capacity with torch."""
+        """Route and apply the capacity with torch."""
         num_tokens, device = x_TD.size(0), x_TD.device
         # torch.tensor(number, device="cuda") would be a copy that the host waits for
         num_real = torch.full((), num_tokens, device=device) if real_T is None else real_T.sum()
         limited = (self.config.capacity_factor if self.training else self.config.eval_capacity_factor) is not None
         capacity = None
         if limited:
-            # with padding a host synchronisation on CUDA: the capacity is a number. Listing the pairs is the other one
+            # on CUDA with padding the host waits for this number; listing the pairs is the other wait
             capacity = self.config.capacity(num_tokens if real_T is None else int(num_real), self.training)
         choices = self.router(x_TD, real_T, ids_T)
         return make_plan(choices, capacity=capacity, num_real_tokens=num_real, row_cost=self.config.row_cost)

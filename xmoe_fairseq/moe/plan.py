@@ -1,4 +1,4 @@
-"""What a router decides (``Choices``), and what is computed of it (``RoutingPlan``)."""
+"""The decision of a router (``Choices``), and the pairs that are computed of it (``RoutingPlan``)."""
 
 from __future__ import annotations
 

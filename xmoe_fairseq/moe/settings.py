@@ -24,7 +24,7 @@ class Setting:
         default: the value if none is given; it may be None if the setting is ``optional``.
         help: one line for ``--help``: unit, range, meaning of none.
         check: returns True for a value that is allowed; it is not called for None.
-        allowed: what the error says after "must".
+        allowed: the end of the error message, after "must".
         optional: None is allowed too (on a command line and in YAML: none, null).
         choices: the values that are allowed; None: all that pass ``check``.
         flat: its name in flags, YAML, checkpoints and errors; ``moe_`` + name unless given.
@@ -82,7 +82,7 @@ class Setting:
         return isinstance(value, _NUMBERS.get(self.kind, self.kind))
 
     def describe(self, value: Any) -> str:
-        """``t 0.9``; empty where there is nothing to tell."""
+        """The setting in a description, such as ``t 0.9``; empty if it has no part in one."""
         return self.shown.format(value) if self.shown and value else ""
 
 

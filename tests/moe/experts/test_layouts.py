@@ -37,7 +37,7 @@ def test_each_token_comes_back_from_the_experts_it_was_sent_to(compute: str) -> 
 
 
 def reveal(layer: MoELayer) -> MoELayer:
-    """Experts of which expert e returns e + 1 for every input."""
+    """Experts, of which expert e returns e + 1 for every input."""
     with torch.no_grad():
         layer.experts.w2.zero_()
         layer.experts.b2.copy_((torch.arange(6) + 1.0).unsqueeze(-1).expand(6, 8))

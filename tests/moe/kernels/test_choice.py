@@ -1,4 +1,4 @@
-"""Where the Triton way is taken, where it is not, and what is said then."""
+"""Where the Triton way is taken, where it is not, and the reasons that are given."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = GPU if torch.cuda.is_available() else CPU
 
 @pytest.fixture(autouse=True)
 def looks_afresh() -> Iterator[None]:
-    """What a device can do is looked at once a process: forgotten before and after each test here."""
+    """Forget before and after each test what was found out about a device, which is once a process otherwise."""
     kernels._obstacle.cache_clear()
     yield
     kernels._obstacle.cache_clear()

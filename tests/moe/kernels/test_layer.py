@@ -17,11 +17,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.moe.kernels.ways import DEVICE, NEAR, assert_same_step, assert_ways_agree, by_torch, padded, run
 
-# NumPy's word for what a GPU does in silence: rows beyond the batch divide 0 by 0 and are not stored
+# NumPy warns where a GPU does not: rows beyond the batch divide 0 by 0, and are not stored
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 COUNT = 24
 SLOW = pytest.mark.slow
-TIGHT = {"capacity_factor": 0.7, "min_capacity": 1}  # most experts turn somebody away
+TIGHT = {"capacity_factor": 0.7, "min_capacity": 1}  # most experts drop pairs
 
 
 def kernel_layer(case: str = "threshold", **settings: Any) -> MoELayer:
@@ -90,7 +90,7 @@ def test_shapes_at_the_edge(shape: str) -> None:
 @pytest.mark.parametrize("case", ["threshold", pytest.param("top_k", marks=SLOW)])
 def test_ties_go_to_the_lower_expert_and_the_earlier_token(case: str) -> None:
     layer = kernel_layer(case, num_experts=6, capacity_factor=0.5, min_capacity=1)
-    with torch.no_grad():  # experts 0, 2, 4 are one and the same to the router, so are 1, 3, 5
+    with torch.no_grad():  # experts 0, 2, 4 have equal router rows, and so have 1, 3, 5
         layer.router.weight.copy_(layer.router.weight[:2].repeat(3, 1))
     x = tokens(4).repeat(6, 1)  # each token six times
     got = assert_ways_agree(layer, x)
@@ -131,7 +131,7 @@ def test_padding_may_hold_nan_and_a_nan_token_spoils_only_itself() -> None:
     layer, x, padding = kernel_layer(), tokens(COUNT), padded(COUNT)
     clean = run(layer, x, padding)
     x[padding] = float("nan")
-    assert_same_step(run(layer, x, padding), clean, 0.0)  # what padding holds is never read
+    assert_same_step(run(layer, x, padding), clean, 0.0)  # values at padding are not read
 
     x = tokens(COUNT)
     x[5] = float("nan")

@@ -12,7 +12,7 @@ from xmoe_fairseq.moe.quantised.weights import dequantise, quantise_channels, wi
 
 PATHS = available_paths()
 FAST = [path for path in PATHS if path != "torch"]
-# widths that fill vectors, that leave a rest, and that are shorter than any
+# widths that fill vectors, that leave a rest, and that are shorter than a vector
 SHAPES = [(5, 70, 37), (2, 512, 128), (3, 16, 5), (2, 1100, 9), (1, 3, 1)]
 
 

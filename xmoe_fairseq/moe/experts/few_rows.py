@@ -1,7 +1,7 @@
-"""Few rows per expert on a CPU, at inference: each chosen expert's matrices are read once, at the memory's speed.
+"""Compute few rows per expert on a CPU at inference, reading each chosen expert's matrices once at the memory's speed.
 
-A GEMM of a few rows moves its matrix at a third of the memory's rate; the kernels of ``moe/native`` do better, and a
-row's sums run in the same order whatever rows are beside it.
+A GEMM of a few rows reads its matrix at a third of the memory's rate. The kernels of ``moe/native`` read faster, and
+they sum a row in the same order whatever other rows there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANY_ROWS = 32
 
 
 def serves(config: MoEConfig, plan: RoutingPlan, x_TD: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels compute this plan at inference: nothing needs a gradient, and the rows are few."""
+    """True if the kernels compute this plan: no gradient is needed and the rows are few."""
     rows = plan.token_index_A.numel()
     if not rows or config.compute != "auto" or not host.on_cpu(x_TD):
         return False

@@ -1,4 +1,4 @@
-"""Dispatch and combine: token rows gathered by expert, expert outputs summed by token.
+"""Dispatch and combine: gather token rows by expert, sum expert outputs by token.
 
 ``TokenRows`` knows the row of each assignment of a plan. A ``RowLayout`` also multiplies the rows with their experts'
 matrices. A layout has R = A rows, or R = E x C where rows are padded to the fullest expert.
@@ -92,7 +92,7 @@ class RowLayout(TokenRows, ABC):
 
 
 class BatchedRows(RowLayout):
-    """Rows padded to the fullest expert, R = E x C, for batched GEMMs. A padding row is some token's, at weight 0."""
+    """Rows padded to the fullest expert, R = E x C, for batched GEMMs. A padding row holds any token, at weight 0."""
 
     def __init__(self, plan: RoutingPlan) -> None:
         super().__init__(plan)
@@ -199,8 +199,8 @@ def groupable(*widths: int, dtype: torch.dtype) -> bool:
 def has_grouped_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """True if grouped_mm is one kernel on this device; elsewhere torch runs a loop of GEMMs over the groups.
 
-    Compute capability 9.x alone: later ones have open faults with empty groups (pytorch/pytorch issues 172439, 193633).
-    Source: pytorch/pytorch pull requests 161407 and 162059.
+    This is so for compute capability 9.x alone: later ones have open faults with empty groups (pytorch/pytorch issues
+    172439, 193633). Source: pytorch/pytorch pull requests 161407 and 162059.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False

@@ -36,7 +36,7 @@ def num_ranks() -> int:
 
 
 def build_experts(config: MoEConfig) -> Any:
-    """Experts as ``config.weights`` says, spread over the ranks where it asks for that and there are several.
+    """Experts in the format ``config.weights``, spread over the ranks if ``config`` asks for it and there are several.
 
     Raises:
         ValueError: quantised experts on several ranks.
@@ -100,7 +100,7 @@ class ParallelExperts(Experts):
         """Sum over each token's kept experts, on any rank, of weight * expert(x): (T, D)."""
         device = x_TD.device.type
         if torch.is_autocast_enabled(device):
-            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # halves what is sent
+            x_TD = x_TD.to(torch.get_autocast_dtype(device))  # half-precision rows halve the bytes that are sent
         exchange = _Exchange(plan)
         x_RD, weight_R = _ToExperts.apply(x_TD, plan.weight_A, exchange)
         out_RD = super().forward(x_RD, exchange.local_plan(weight_R))

@@ -14,7 +14,7 @@ At inference on a CPU few rows per expert go through kernels of our own (few_row
 In the first three, gather, experts and combine are one autograd function. It keeps the layer's input and the
 pre-activations, T x D + R x F numbers. It keeps neither gathered inputs nor expert outputs (the idea of SonicMoE, arXiv
 2512.14080): the backward pass gathers the inputs again, and computes the gradient of a routing weight as the inner
-product of an expert's hidden units with their gradient. So memory does not grow with granularity at fixed FLOPs.
+product of an expert's hidden units with their gradient. Thus memory does not grow with granularity at fixed FLOPs.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Experts(nn.Module):
                 return self._masked(x_TD, plan, weights)
             dropout = self.config.activation_dropout if self.training else 0.0
             layout = LAYOUTS[path if plan.token_index_A.numel() else "loop"](plan)
-            # under no_grad needs_input_grad still tells of parameters, so the function is told
+            # needs_input_grad is True for parameters under no_grad too, so the function gets a flag
             keeps_graph = torch.is_grad_enabled()
             arguments = (x_TD, plan.weight_A, *weights, layout, self.config.activation, dropout, keeps_graph)
             return cast(Tensor, _ExpertSum.apply(*arguments))
@@ -137,7 +137,7 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     if fits and has_grouped_kernel(plan.token_index_A.device, dtype):
         return "grouped"
     if not host.on_cpu(plan.count_E) and config.num_experts * int(plan.count_E.max()) <= PADDING * rows + FEW_ROWS:
-        return "bmm"  # an expert by itself costs launches
+        return "bmm"  # a GEMM for each expert costs launches
     batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
     single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows
     return "bmm" if batched <= single else "loop"

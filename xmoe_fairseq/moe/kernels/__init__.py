@@ -6,9 +6,9 @@ environment, set before Triton is imported, ``moe_compute triton`` runs on CPU t
 
     gate.py       logits in float32, and the two gradients of the gate
     route.py      probabilities, ranks, choice; its gradient
-    serve.py      who is served under capacity; rows by expert and by token
+    serve.py      pairs that are kept under capacity; rows by expert and by token
     grouped.py    products of ragged rows with their experts' matrices
-    combine.py    a token's rows added up; bias gradients
+    combine.py    sums of a token's rows; bias gradients
     gating.py, serving.py, routing.py, experts.py    their host sides: shapes, buffers, launches, autograd
     plan.py       a routing plan whose counts stay on the device
     check.py      the self-check
@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def chosen(config: MoEConfig, device: torch.device, dtype: torch.dtype, training: bool) -> bool:
-    """Whether a layer of ``config`` computes with kernels on ``device`` in ``dtype``.
+    """True if a layer of ``config`` computes with kernels on ``device`` in ``dtype``.
 
     Raises:
         RuntimeError: ``moe_compute triton`` was asked for by name and cannot run, with the reason.
@@ -58,7 +58,7 @@ def _takes_all(config: MoEConfig, training: bool) -> bool:
 
 @cache
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot be used, looked at once per device and dtype; None where they can."""
+    """The reason why kernels cannot be used, found once per device and dtype; None if they can."""
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(str(known) for known in DTYPES)}, not {dtype}"
     if find_spec("triton") is None:
@@ -86,14 +86,14 @@ def make_plan(
     training: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, RoutingPlan]:
-    """Route tokens (T, D) without waiting for the device: the plan's lists of pairs are made when asked for.
+    """Route tokens (T, D) without waiting for the device: the plan's lists of pairs are made at their first use.
 
     Returns the tokens too: the experts must read these, so that one kernel adds the gradients of gate and experts.
 
     Args:
         router: a ``Router``. If it has a kernel rule, the kernels choose; else torch chooses, and the kernels apply the
             capacity.
-        dtype: what the experts compute in; tiles of rows are as large as suits it.
+        dtype: the dtype in which the experts compute; it decides the size of row tiles.
     """
     from . import routing
 

@@ -13,9 +13,9 @@ TANH_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _tanh(x):
-    """From exp alone: Triton has no tanh of its own, and its GPU libraries are missing in the interpreter.
+    """tanh from exp alone: Triton has no tanh of its own, and the interpreter lacks its GPU libraries.
 
-    Constants stand on the right of a product: the interpreter cannot multiply a constant with a tensor behind it.
+    Constants are on the right of a product, because the interpreter cannot multiply a constant by a tensor behind it.
     """
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
@@ -24,8 +24,9 @@ def _tanh(x):
 def _normal_cdf(x, EXACT: tl.constexpr):
     """The standard normal's distribution function at ``x``, and exp(-x^2 / 2).
 
-    EXACT: by erf. Otherwise to 1e-7 by the rational approximation 7.1.26 of Abramowitz and Stegun, which shares its
-    exponential with the density: a third of the instructions, far below half precision's rounding.
+    EXACT computes it by erf. Otherwise the rational approximation 7.1.26 of Abramowitz and Stegun is used, which shares
+    its exponential with the density. It takes a third of the instructions, and its error of 1e-7 is far below half
+    precision's rounding.
     """
     bell = tl.exp(-0.5 * x * x)
     if EXACT:

@@ -12,7 +12,7 @@ from ..config import MoEConfig
 from ..plan import RoutingPlan
 from ..registry import LAYERS
 
-# Largest difference allowed, relative to the largest value: sums run in another order, in the dtype of the experts.
+# The largest difference allowed, relative to the largest value: sums run in another order, in the experts' dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 NUM_TOKENS = 200
 
@@ -20,7 +20,7 @@ NUM_TOKENS = 200
 def self_check(
     device: torch.device, dtype: torch.dtype, make_plan: Callable[..., Any], expert_sum: Callable[..., Any]
 ) -> str | None:
-    """None where both ways agree, else what differs or failed. Leaves no trace in random generators.
+    """None if both ways agree, else what differs or failed. Random generators are restored.
 
     ``make_plan`` and ``expert_sum`` are those of this package, which imports this module.
     """
@@ -45,7 +45,7 @@ def self_check(
             x_read, plan = make_plan(layer.router, x_TD, real_T, None, True, dtype)
             got = _gradients(layer, x_TD, grad_TD, expert_sum(layer.experts, x_read, plan, dtype), plan)
             return _difference(wanted, got, dtype)
-    except Exception as error:  # whatever a compiler or driver raises
+    except Exception as error:  # compilers and drivers raise errors of many types
         lines = str(error).strip().splitlines() or [repr(error)]
         return f"{type(error).__name__}: {lines[0]}"
 

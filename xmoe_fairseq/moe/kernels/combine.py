@@ -1,4 +1,4 @@
-"""Sums in a fixed order: a token's rows, an expert's bias gradients. No atomics, so results repeat to the last bit."""
+"""Sum a token's rows and an expert's bias gradients in a fixed order, without atomics, so that results repeat."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def hidden_bias_backward(
     bias_sum, count_E, grad_b1, num_hidden, num_experts,
     TILE_ROWS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """grad_b1 (E, F): the sums of an expert's tiles (grouped.hidden_backward) added up."""
+    """grad_b1 (E, F): the sum over an expert's tiles of the sums that grouped.hidden_backward made."""
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_columns = column < num_hidden

@@ -1,8 +1,8 @@
-"""Experts on the rows of a ``DevicePlan``: the host side of grouped.py and combine.py, and their gradients.
+"""Compute experts on the rows of a ``DevicePlan``: the host side of grouped.py and combine.py, and their gradients.
 
-For the backward pass autograd keeps the layer's input, pre-activations and weighted hidden units (R, F), and the lists:
-what a dense FFN keeps. Half-precision copies of float32 tensors (autocast) are made for the forward pass and again for
-the backward pass, never kept between.
+For the backward pass autograd keeps the layer's input, pre-activations and weighted hidden units (R, F), as for a dense
+FFN, and the lists. Half-precision copies of float32 tensors (autocast) are made for the forward pass and made again for
+the backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .tiles import Tile, outer_tile, power_of_two, row_tile, widens
 
 @dataclass(frozen=True)
 class ExpertRule:
-    """What does not change from call to call: activation, dropout, the dtype to compute in."""
+    """The settings that are the same in every call: activation, dropout, the dtype to compute in."""
 
     activation: str
     dropout: float
@@ -38,7 +38,7 @@ def expert_sum(
     Args:
         x_TD: (T, D). weight_R: float32 (R,). w1 (E, D, F), b1 (E, F), w2 (E, F, D), b2 (E, D), any float dtype.
     """
-    # under no_grad needs_input_grad still tells of parameters, so the function is told
+    # needs_input_grad is True for parameters under no_grad too, so the function gets a flag
     keeps_graph = torch.is_grad_enabled()
     y_TD: Tensor = _ExpertSum.apply(x_TD, weight_R, w1, b1, w2, b2, lists, rule, keeps_graph)
     return y_TD
@@ -90,7 +90,7 @@ class _ExpertSum(torch.autograd.Function):
 
 
 class _Parts:
-    """Parts of <output row, its gradient>, one line for each block of columns that a kernel sums by itself."""
+    """Parts of <output row, its gradient>, one line for each block of columns that a program sums."""
 
     def __init__(self, x_TD: Tensor, w1: Tensor, lists: Lists, dtype: torch.dtype) -> None:
         _, width, num_hidden = w1.shape
@@ -162,7 +162,7 @@ def _down(rows_RK: Tensor, weight: Tensor, bias: Tensor | None, weight_R: Tensor
 
 
 def _combine(rows_RD: Tensor, lists: Lists, dtype: torch.dtype) -> Tensor:
-    """Each token's rows added up: (T, D) in ``dtype``."""
+    """The sum of each token's rows: (T, D) in ``dtype``."""
     width = rows_RD.size(1)
     y_TD = rows_RD.new_empty(lists.num_tokens, width, dtype=dtype)
     block = power_of_two(width, 32, 1024)
@@ -253,7 +253,7 @@ def _weight_gradient(left: Tensor, right: Tensor, like: Tensor, lists: Lists, *,
 def _product_cost(lists: Lists, tile: Tile, num_n: int, num_k: int, rows: Tensor, *, stored: int) -> Cost:
     """Rows (R, K) times matrices (E, K, N); ``stored``: row buffers (R, N) that the epilogue reads or writes."""
     count, size, experts = reckoned_rows(lists.max_rows), rows.element_size(), lists.num_experts
-    # an even load: a ragged one has up to one tile more an expert
+    # for an even load; an uneven one has up to one tile more for each expert
     rows_each = (count + experts - 1) // experts
     tiles = experts * ((rows_each + tile.m - 1) // tile.m)
     matrices, stores = experts * num_k * num_n * size, stored * count * num_n * size

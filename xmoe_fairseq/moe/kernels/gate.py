@@ -4,7 +4,7 @@
 three bfloat16 parts (``PRECISION`` split), or two of TF32 (tf32x3), are as good as float32 products and run on
 tensor cores. float32 ``x`` is multiplied as torch's settings say: ieee, or tf32 where that is allowed.
 
-Rows of padding are never read: what they hold may be NaN.
+Rows of padding are not read, because they may hold NaN.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from .tiles import gate_tile, widens
 
 
 def flags(real_T: Tensor | None, like: Tensor) -> Tensor:
-    """A pointer for the kernel: one byte a token, or anything where nothing is padding."""
+    """A pointer for the kernel to one byte a token, or to any tensor if nothing is padding."""
     return like if real_T is None else real_T.view(torch.int8)
 
 
 def gate_precision(dtype: torch.dtype) -> str:
-    """How float32 products are made; see gate.py."""
+    """The precision of float32 products; see gate.py."""
     if dtype == torch.float16:
         return "tf32x3"
     if dtype == torch.bfloat16:
@@ -25,7 +25,7 @@ def gate_precision(dtype: torch.dtype) -> str:
 
 
 def gradient_precision(dtype: torch.dtype) -> str:
-    """Products of two float32 tensors for a half-precision gradient, which is rounded more coarsely than TF32."""
+    """Precision of products of float32 tensors for a gradient, which half precision rounds more coarsely than TF32."""
     return gate_precision(dtype) if dtype == torch.float32 else "tf32"
 
 

@@ -1,8 +1,8 @@
 """Matrix products of ragged groups of rows with their experts' matrices.
 
 Rows of one expert lie together (serve.py). A program computes a tile of BLOCK_M rows of one expert times BLOCK_N
-columns; ``tile_expert`` and ``tile_row`` say which, and it ends at once where there is no such tile: the grid has a
-static bound, so the host need not know the counts.
+columns, given by ``tile_expert`` and ``tile_row``, and ends at once if there is no such tile. The grid has a static
+bound, so that the host need not know the counts.
 
 Row buffers are addressed from the tile's first row, so that R x F may exceed 2^31. ``DOT`` is the precision of float32
 products. ``WIDEN`` multiplies half-precision tiles as float32: the interpreter's bfloat16 product is wrong.
@@ -26,7 +26,7 @@ def _product(left, right, total, DOT: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M: tl.constexpr):
-    """A tile's expert (-1: no such tile), its first row, the row behind the expert's last one, its rows, their mask."""
+    """A tile's expert (-1: no tile), its first row, the end of the expert's rows, the tile's rows and their mask."""
     expert = tl.load(tile_expert + tile)
     is_tile = expert >= 0
     first = tl.load(tile_row + tile, mask=is_tile, other=0)
@@ -120,7 +120,7 @@ def _store_hidden(
     """Bias, activation and dropout of one part of a tile; ``pre`` and ``hidden`` begin at the tile's first row."""
     in_columns = column < num_hidden
     bias = tl.load(bias_at + column, mask=in_columns, other=0.0)
-    # the activation sees what the backward pass will see: pre-activations in the dtype in which they are kept
+    # the activation reads pre-activations in the dtype in which they are kept, as the backward pass does
     total = (total + bias.to(tl.float32)[None, :]).to(hidden.dtype.element_ty)
     where = local[:, None] * num_hidden + column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
@@ -148,7 +148,7 @@ def rows_times_experts(
     column = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < num_n
     expert_long = expert.to(tl.int64)
-    # rows behind the last one repeat it: the buffer may end there
+    # rows behind the last one repeat it, because the buffer may end there
     read = tl.minimum(row, end - 1).to(tl.int64)
     total = _rows_times_matrix(
         rows, num_k, read, weight + expert_long * expert_step, k_step, n_step, num_k, column, in_columns,
@@ -170,7 +170,7 @@ def hidden_backward(
     EVEN_K: tl.constexpr, DOT: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the hidden units, and all that is elementwise between the two linear maps.
+    """Gradient of the hidden units, and all elementwise work between the two linear maps.
 
     Args:
         grad_y: (T, D), gathered while loading. pre: (R, F), as the forward pass kept it.
@@ -190,7 +190,7 @@ def hidden_backward(
     base = first.to(tl.int64) * num_hidden
     where = tl.arange(0, BLOCK_M)[:, None] * num_hidden + column[None, :]
     mask = in_rows[:, None] & in_columns[None, :]
-    # asked for before the product, so that the values are there when it is done
+    # loaded before the product, so that the values have arrived when it is done
     kept = tl.load(pre + base + where, mask=mask, other=0.0)
     weight = tl.load(weight_R + row, mask=in_rows, other=0.0)
     grad = _rows_times_matrix(
@@ -245,7 +245,7 @@ def weight_gradient(
             right_tile = tl.load(right_at, mask=in_n[None, :], other=0.0)
             total = _product(tl.trans(left_tile), right_tile, total, DOT, WIDEN)
     if whole < end:
-        # the last rows: both operands are 0 behind the end, whatever memory holds there
+        # at the last rows both operands are masked to 0 behind the end
         row = whole + tl.arange(0, BLOCK_R)
         in_rows = row < end
         left_row, right_row = row, row

@@ -1,7 +1,7 @@
-"""Every kernel launch passes here, so that launches can be counted with what they move and compute.
+"""Launch every kernel here, so that launches can be counted with their bytes and FLOPs.
 
-``record()`` collects them. With ``dry=True`` nothing runs: shapes, launches and costs are known without a GPU, since
-no step of the Triton way asks the device for a value.
+``record()`` collects them. With ``dry=True`` nothing runs; shapes, launches and costs are known without a GPU, since no
+step of the Triton way reads a value of the device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 @dataclass(frozen=True)
 class Cost:
-    """What a launch costs.
+    """The cost of a launch.
 
     Attributes:
         bytes: each operand read once, each result written once.
-        tile_bytes: what the programs load and store, re-reads of a tile by several programs included.
+        tile_bytes: bytes that the programs load and store, where several programs may read one tile.
         flops: 2 per multiply-add of its matrix products.
     """
 
@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass
 class Record:
-    """Launches in their order. ``rows``: kept (token, expert) pairs to reckon with; None: the static bound."""
+    """Launches in order; ``rows`` is the number of kept (token, expert) pairs for costs, None the static bound."""
 
     dry: bool
     rows: int | None
@@ -98,10 +98,10 @@ def launch(
 
 
 def _run_compiled(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Launch by a table of our own: Triton's look-up costs the host several times as much as the launch.
+    """Launch by a table of our own, since Triton's look-up costs the host several times as much as the launch.
 
-    The key holds all that Triton compiles for: constants, dtypes, alignment of pointers and of integers. A compiled
-    kernel takes pointers as numbers, without asking the driver about each.
+    The key holds everything for which Triton compiles: constants, dtypes, alignment of pointers and of integers. A
+    compiled kernel takes pointers as numbers, so that the driver is not asked about each.
     """
     device = arguments[0].device
     if device.index != torch.cuda.current_device():

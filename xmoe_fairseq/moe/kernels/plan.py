@@ -1,4 +1,4 @@
-"""A routing plan whose counts stay on the device until somebody asks for the list of pairs."""
+"""A routing plan whose counts stay on the device until the list of pairs is read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .tiles import tile_rows
 
 @dataclass(frozen=True)
 class Lists:
-    """Rows by expert and by token, with static bounds: entries behind what the counts say are not initialised.
+    """Rows by expert and by token, with static bounds; entries beyond the counts are not initialised.
 
     Attributes:
         token_R: int32, token of each row; rows are sorted by expert, then by token.
-        row_end_E: int32, one behind the expert's last row.
+        row_end_E: int32, the end of the expert's rows.
         tile_expert, tile_row: int32, expert (-1: none) and first row of each tile of ``tile_rows`` rows.
         slot_ET: int32, row of each pair, -1 where it is not served.
-        row_TK: int32, the rows of each token, by expert. count_T: int32, how many.
+        row_TK: int32, the rows of each token, by expert. count_T: int32, their number.
         count_E: int64, rows of each expert.
         max_rows: size of every row buffer. tile_rows: rows of a tile.
     """
@@ -49,7 +49,7 @@ class Lists:
 
 
 class DeviceTerms(BalanceTerms):
-    """As ``BalanceTerms``, with fewer launches: what has no gradient is one vector, the loss one inner product."""
+    """``BalanceTerms`` with fewer launches: one vector without gradient, and the loss as an inner product."""
 
     def loss(self) -> Tensor:
         with torch.no_grad():
@@ -58,10 +58,9 @@ class DeviceTerms(BalanceTerms):
 
 
 class DevicePlan(RoutingPlan):
-    """As ``RoutingPlan``; the lists of pairs and the capacity are made when asked for, which waits for the device.
+    """A ``RoutingPlan`` whose lists of pairs and capacity are made at their first use, which waits for the device.
 
-    ``lists`` and ``weight_R`` (float32, with gradient; rows behind the last one are not initialised) are what kernels
-    read.
+    Kernels read ``lists`` and ``weight_R`` (float32, with gradient; rows behind the last one are not initialised).
     """
 
     lists: Lists
@@ -130,7 +129,7 @@ class DevicePlan(RoutingPlan):
 
 
 def lists_of(plan: RoutingPlan, dtype: torch.dtype) -> Lists:
-    """Lists for a plan made with torch, such as that of the experts of one rank; the host waits once for a size."""
+    """Lists for a plan made with torch, such as that of one rank's experts; the host waits once for a size."""
     count_E, num_rows = plan.count_E, plan.token_index_A.numel()
     num_experts, device = count_E.numel(), count_E.device
     height = tile_rows(num_rows, num_experts, dtype)

@@ -1,4 +1,4 @@
-"""From logits to decisions: probabilities, exact ranks, the choice by threshold or k; and the gradient of it.
+"""From logits to decisions: probabilities, exact ranks, the choice by threshold or k, and their gradient.
 
 A token's gates are sorted by one integer key each, (2^31 - 1 - bits of the probability, index): ties are exact and
 the order is that of ordering.py. The mass ahead of a gate is the sum of the probabilities ahead of it in integer
@@ -49,12 +49,13 @@ def route_forward(
     is_gate = gate < num_gates
     row = token.to(tl.int64)[:, None] * num_gates
     logit = tl.load(logits + row + gate[None, :], mask=is_token[:, None] & is_gate[None, :], other=-float("inf"))
-    # a row beyond the batch is all -inf: a finite maximum keeps it free of NaN
+    # a row beyond the batch is all -inf; a finite maximum keeps NaN out of it
     row_max = tl.where(is_token, tl.max(logit, axis=1), 0.0)
     unscaled = tl.exp(logit - row_max[:, None])
     mass = tl.sum(unscaled, axis=1)
     prob = tl.where(is_token[:, None], unscaled / mass[:, None], 0.0)
-    # a NaN orders as 0, so that each rank exists once and no list overflows; its weight stays NaN and reaches the loss
+    # a NaN is ordered as 0, so that each rank occurs once and no list overflows; its weight stays NaN and shows in the
+    # loss
     bits = tl.where(prob == prob, prob, 0.0).to(tl.int32, bitcast=True)
     key = ((2147483647 - bits).to(tl.int64) << GATE_BITS) | gate[None, :].to(tl.int64)
     key = tl.sort(tl.where(is_gate[None, :], key, 9223372036854775807), dim=1)

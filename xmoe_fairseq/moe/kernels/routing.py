@@ -1,8 +1,8 @@
 """From tokens to a ``DevicePlan``: the host side of gate.py, route.py and serve.py, and their gradients.
 
 ``route`` serves the routers that declare a ``KernelRule``; ``plan_choices`` takes the choices of any other router, made
-with torch. Neither asks the device for a value, with one exception: without capacity a token may take many experts, and
-where the static bound of rows would take more than ``serving.ROW_LIMIT_BYTES``, the host waits once for the number.
+with torch. Neither reads a value of the device, with one exception: without capacity a token may take many experts, and
+if the static bound of rows would take more than ``serving.ROW_LIMIT_BYTES``, the host waits once for the number.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def route(
 ) -> tuple[Tensor, DevicePlan]:
     """Plan for tokens (T, D), routed by the weights of a gate (G, D). Gradients reach both.
 
-    Returns ``x_TD`` too, for the experts: so the gate's gradient is added to theirs where it is computed.
+    Returns ``x_TD`` too, for the experts, so that one kernel adds the gate's gradient to theirs.
 
     Args:
         x_TD: float32, bfloat16 or float16. real_T: bool, False at padding; None when nothing is padding.
-        dtype: what the experts compute in; None: that of ``x_TD``.
+        dtype: the dtype in which the experts compute; None: that of ``x_TD``.
     """
     bounds = capacity_bounds(config, x_TD.size(0), rule.most, training, dtype or x_TD.dtype)
     kept: list[Any] = []
@@ -126,7 +126,7 @@ class _Route(torch.autograd.Function):
             rank_GT, prob_GT, prob_GT, real_T, entropy_T, log_mass_T, num_experts, bounds, rule.load_of_all
         )
         if rule.load_of_all and num_gates > num_experts:
-            # AdaMoE's Eq 6: each null gate carries the mean load of the nulls
+            # AdaMoE's Eq 6: each null gate gets the mean load of the null gates
             selected.load_G[num_experts:] = selected.load_G[num_experts:].mean()
         lists, weight_R = make_lists(
             rank_GT, prob_GT, weight_ET, (num_tokens, 1), selected, min(rule.most, num_experts), bounds, config
@@ -213,7 +213,7 @@ class _Serve(torch.autograd.Function):
 
 
 def _threshold_units(threshold: float | None) -> int:
-    """The mass to reach as an integer; at 1 more than there is, so that rounding loses no expert."""
+    """The mass to reach as an integer; at 1 it is above the possible sum, so that rounding loses no expert."""
     if threshold is None:
         return 0
     return UNITS * 2 if threshold >= 1.0 else math.ceil(threshold * UNITS)

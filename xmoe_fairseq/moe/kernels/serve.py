@@ -1,8 +1,8 @@
-"""From decisions to lists: who is served under capacity, the rows of each expert, the rows of each token.
+"""From decisions to lists: the pairs that are kept under capacity, the rows of each expert, the rows of each token.
 
 Nothing is sorted. ``select`` finds, per expert, the rank and the score of its last served pair by two searches over
-integers; ``place`` counts served tokens up and writes each pair's row; ``by_token`` writes
-each token's rows, ordered by expert. All counts stay on the device.
+integers. ``place`` numbers the served pairs of each expert and writes their rows. ``by_token`` writes each token's
+rows, ordered by expert. All counts stay on the device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NOT_CHOSEN = tl.constexpr(1 << 62)
 
 @triton.jit
 def _priority(rank_GT, score_GT, column, token, num_tokens):
-    """int64 keys, smaller served earlier; NOT_CHOSEN where the token does not want the expert."""
+    """int64 keys, of which a smaller one is served earlier; NOT_CHOSEN where the token does not want the expert."""
     is_token = token < num_tokens
     rank = tl.load(rank_GT + column + token, mask=is_token, other=-1)
     score = tl.load(score_GT + column + token, mask=is_token, other=0.0)
@@ -47,7 +47,7 @@ def _count(
     rank_GT, score_GT, column, num_tokens, rank, limit,
     BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """How many values are at most ``limit``."""
+    """The number of values that are at most ``limit``."""
     total = 0
     for start in range(NUM_BLOCKS):
         token = start * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -61,7 +61,7 @@ def _search(
     rank_GT, score_GT, column, num_tokens, rank, low, high, target,
     BY_RANK: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The least limit in [low, high] up to which there are ``target`` values."""
+    """The least limit in [low, high] that ``target`` values do not exceed."""
     value = _compared(rank_GT, score_GT, column, tl.arange(0, BLOCK_T), num_tokens, rank, BY_RANK)
     if NUM_BLOCKS == 1:
         # values lie close together: the range shrinks to theirs before it is halved, unless a score of 0 is needed,
@@ -90,14 +90,14 @@ def select(
     LIMITED: tl.constexpr, LOAD_OF_ALL: tl.constexpr, HAS_PROB: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program per gate, and one more for sums over tokens.
+    """Find the last served pair of a gate: one program per gate, and one more for sums over tokens.
 
     Args:
         numerator, denominator, least: C = ceil(numerator * T / (denominator * E)), at least ``least``, at most T, the
             real tokens (LIMITED).
         count_E, wanted_E: int64 out. cut_E: int64 out, key (rank, 2^31 - 1 - bits of the score) of the last served
-            pair. ties_E: int32 out, how many pairs of that key are served.
-        load_G, prob_sum_G: float32 out. LOAD_OF_ALL: the load counts all choices, not first ones.
+            pair. ties_E: int32 out, the number of served pairs of that key.
+        load_G, prob_sum_G: float32 out. LOAD_OF_ALL: the load counts all choices instead of first ones.
         totals: float32 out: real tokens, mean of entropy_T, mean of log_mass_T^2. real_count: int64 out, real tokens.
     """
     # one function: a kernel in the order of its questions
@@ -161,7 +161,7 @@ def _mean_over_tokens(
     entropy_T, log_mass_T, totals, real_count, num_real, num_tokens,
     HAS_PROB: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Entropy and squared log masses are 0 at padding, so they are summed over all tokens."""
+    """Means of entropy and squared log mass, which are 0 at padding and therefore summed over all tokens."""
     entropy, square = 0.0, 0.0
     if HAS_PROB:
         for start in range(NUM_BLOCKS):
@@ -187,7 +187,7 @@ def place(
 
     Rows are sorted by expert, then by token. Out:
         slot_ET: int32, the row of a pair, -1 if it is not served. token_R: int32. weight_R: float32.
-        row_end_E: int32, one behind the expert's last row. tile_expert: int32, -1: no tile. tile_row: int32.
+        row_end_E: int32, the end of the expert's rows. tile_expert: int32, -1: no tile. tile_row: int32.
     """
     expert = tl.program_id(0)
     other = tl.arange(0, BLOCK_E)
@@ -230,7 +230,7 @@ def by_token(
     slot_ET, row_TK, count_T, num_tokens, num_experts, most,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """row_TK int32 out: a token's rows, by expert, packed to the left. count_T int32 out: how many there are."""
+    """row_TK int32 out: a token's rows, by expert, packed to the left. count_T int32 out: their number."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     mask = (token < num_tokens)[:, None] & (expert < num_experts)[None, :]

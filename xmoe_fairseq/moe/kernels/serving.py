@@ -1,4 +1,4 @@
-"""The host side of serve.py: static bounds, who is served, and the lists of rows."""
+"""The host side of serve.py: static bounds, the kept pairs, and the lists of rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .launch import Cost, launch
 from .plan import Lists
 from .tiles import power_of_two, select_blocks, tile_rows, token_block
 
-# Above this the host asks for the number of rows where no capacity bounds it.
+# Above this the host waits for the number of rows if no capacity bounds it.
 ROW_LIMIT_BYTES = 1 << 30
 
 
@@ -41,7 +41,7 @@ class Selected(NamedTuple):
 
 
 def capacity_bounds(config: MoEConfig, num_tokens: int, most: int, training: bool, dtype: torch.dtype) -> Bounds:
-    """What is known before the device has counted: at most min(E x C, T x K) rows, at most one tile a row."""
+    """Bounds without a count of the device: at most min(E x C, T x K) rows, and at most one tile a row."""
     fraction = config.capacity_fraction(training)
     num_experts = config.num_experts
     rows = num_tokens * min(most, num_experts)
@@ -57,7 +57,7 @@ def by_expert(choices: Choices, num_experts: int) -> tuple[Tensor, Tensor]:
     """Rank (int32, -1: not chosen) and score (float32) of each pair, expert by expert: (E, T)."""
     num_tokens, most = choices.expert_TK.shape
     token_T1 = torch.arange(num_tokens, device=choices.expert_TK.device).unsqueeze(-1)
-    # unchosen pairs go to a place behind the matrix
+    # unchosen pairs are written behind the matrix
     pair_TK = torch.where(choices.chosen_TK, choices.expert_TK * num_tokens + token_T1, num_experts * num_tokens)
     rank_TK = torch.arange(most, dtype=torch.int32, device=pair_TK.device).expand_as(pair_TK)
     rank = torch.full((num_experts * num_tokens + 1,), -1, dtype=torch.int32, device=pair_TK.device)

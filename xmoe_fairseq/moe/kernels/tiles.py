@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels: functions of shapes and dtype alone, the same for every call of a layer."""
+"""Tile sizes of the kernels, as functions of shapes and dtype alone, so that every call of a layer has the same."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def power_of_two(number: int, least: int, most: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows x columns of a program, depth of one step, and how the compiler schedules it.
+    """Rows x columns of a program, depth of one step, and the compiler's scheduling.
 
-    ``parts``: an epilogue with elementwise work handles the tile in so many column parts, for want of registers.
+    ``parts``: number of column parts in which an epilogue with elementwise work handles the tile, to save registers.
     ``registers``: limit per thread; None: the compiler's choice.
     """
 
@@ -35,14 +35,14 @@ class Tile:
 
 
 def tile_rows(max_rows: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: near what an expert has on average, so that few are empty."""
+    """Rows of a tile: about an expert's average number of rows, so that few are empty."""
     most = 64 if dtype == torch.float32 else 128
     return power_of_two(-(-max_rows // num_experts), 16, most)
 
 
 @cache
 def capability() -> tuple[int, int]:
-    """Compute capability of the GPU, (9, 0) where there is none: of two tiles the smaller fits before 9.0."""
+    """Compute capability of the GPU; (9, 0) without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
@@ -51,8 +51,8 @@ def row_tile(rows: int, num_n: int, num_k: int, dtype: torch.dtype, *, most_n: i
 
     Args:
         rows: ``tile_rows``.
-        most_n: most columns. Where an activation follows the product, a tile of 128 columns (64 where it also reads
-            what the forward pass kept) leaves room for two programs on a processor: one multiplies while the other
+        most_n: most columns. If an activation follows the product, a tile of 128 columns (64 if it also reads tensors
+            of the forward pass) leaves room for two programs on a processor: one multiplies while the other
             computes its epilogue.
     """
     return _row_tile(rows, num_n, num_k, dtype, most_n, capability() >= (9, 0))
@@ -78,7 +78,7 @@ def outer_tile(num_m: int, num_n: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(power_of_two(num_m, 16, 64), power_of_two(num_n, 16, 64), 32, 4, 2)
     m, n = power_of_two(num_m, 16, 128), power_of_two(num_n, 16, 128)
-    # of four stages, gathering takes two: the token of a row, then the row
+    # gathering takes two of four stages, one for the token of a row and one for the row
     return Tile(m, n, 64, 4 if capability() >= (9, 0) or m * n <= 64 * 128 else 8, 4)
 
 
@@ -110,7 +110,7 @@ def select_blocks(num_tokens: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _nothing():
-    """Tells how Triton was imported."""
+    """A kernel whose type tells whether Triton was imported as interpreter or compiler."""
 
 
 IS_INTERPRETED = isinstance(_nothing, InterpretedFunction)

@@ -1,4 +1,4 @@
-"""Merged matrices that incremental decoding keeps: one set per sentence of the batch, shared by its beams."""
+"""Keep merged matrices through incremental decoding: one set per sentence of the batch, shared by its beams."""
 
 from __future__ import annotations
 

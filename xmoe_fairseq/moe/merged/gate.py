@@ -50,7 +50,7 @@ class SentenceGate(nn.Module):
         chosen_BE = torch.zeros_like(clean_BE).scatter(1, expert_BK, 1.0)
         if scale_BE is None or self.top_k >= clean_BE.size(-1):
             return chosen_BE
-        # an unchosen expert has to beat the k-th value, a chosen one the value after it
+        # an unchosen expert must exceed the k-th value, a chosen expert the value after it
         kth_B1, next_B1 = noisy_BE.gather(1, order_BE[:, self.top_k - 1 : self.top_k + 1]).split(1, dim=1)
         to_beat_BE = torch.where(chosen_BE.bool(), next_B1, kth_B1)
         load_BE: Tensor = torch.special.ndtr((clean_BE - to_beat_BE) / scale_BE)

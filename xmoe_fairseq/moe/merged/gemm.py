@@ -1,4 +1,4 @@
-"""Merging matrices, and multiplying each sentence with its own merged matrix.
+"""Merge matrices, and multiply each sentence with its own merged matrix.
 
 The merged matrices of a sentence are 2 x D x F numbers. They are computed for a chunk of at most ``CHUNK_NUMBERS``
 numbers at a time and computed again in the backward pass, so that an update holds one chunk and its gradient, however

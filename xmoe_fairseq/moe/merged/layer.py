@@ -108,7 +108,7 @@ class MergedMoELayer(MoELayer):
         return y_TBD.reshape(x.shape), self._plan(x_TBD, real_TB, choice1, choice2, merges)
 
     def _sentences(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``x`` as (T, B, D) with 0 at padding, and where it is not padding."""
+        """``x`` as (T, B, D) with 0 at padding, and bool (T, B), True where it is not padding."""
         if x.dim() not in (2, 3):
             raise ValueError(
                 f"merged experts need whole sentences: x must be (T, B, D) or (T, D), got {tuple(x.shape)}"
@@ -131,7 +131,7 @@ class MergedMoELayer(MoELayer):
         return vector_BD.float()
 
     def _compute(self, x_BTD: Tensor, choice1: GateChoice, choice2: GateChoice) -> Tensor:
-        """Both maps; merged matrices exist for one chunk of sentences at a time."""
+        """Compute both maps; merged matrices exist for one chunk of sentences at a time."""
         experts, dtype = self.experts, compute_dtype(x_BTD)
         x_BTD = self._adapt(self.adapter1, x_BTD).to(dtype)
         with torch.autocast(x_BTD.device.type, enabled=False):
@@ -157,7 +157,7 @@ class MergedMoELayer(MoELayer):
         choice2: GateChoice,
         cache: dict[str, Tensor],
     ) -> Tensor:
-        """Both maps with matrices merged in the first decoding step; the beams of a sentence share them."""
+        """Compute both maps with matrices merged in the first decoding step; the beams of a sentence share them."""
         dtype = compute_dtype(x_RTD)
         if not cache:
             cache.update(merged_for_decoding(self.experts, vector_RD, (choice1, choice2), dtype))

@@ -1,1 +1,1 @@
-"""A small C++ library for few rows on a CPU, and what stands in for it where it was not built."""
+"""A small C++ library for few rows on a CPU, and torch's operators where it was not built."""

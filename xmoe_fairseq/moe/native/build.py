@@ -2,8 +2,8 @@
 
     xmoe native
 
-scripts/setup.sh does it. Without the library everything works, with torch's own operators (rows.py). The library calls
-the OpenMP that torch brings: one pool of threads, and no link to a torch version.
+scripts/setup.sh runs this. Without the library everything works with torch's own operators (rows.py). The library calls
+the OpenMP that torch brings, so that there is one pool of threads and no link to a torch version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
-# No fused multiply-adds but those asked for: every instruction set must give the same numbers.
+# Only explicit fused multiply-adds are allowed, so that every instruction set gives the same numbers.
 # GCC 12 takes the undefined registers of its own AVX-512 header for uninitialised variables.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
 FLAGS += ["-Wall", "-Wno-maybe-uninitialized"]
@@ -32,7 +32,7 @@ UNITS: dict[str, tuple[str, ...]] = {
 
 
 def library_file() -> Path:
-    """Where the library of these sources lies: a changed source has another name, so an old build is never loaded."""
+    """The path of these sources' library; changed sources have another one, so that no old build is loaded."""
     digest = hashlib.sha256(repr((FLAGS, UNITS)).encode())
     for name in ("rows.h", "rows_body.h", *UNITS):
         digest.update((SOURCES / name).read_bytes())
@@ -40,7 +40,7 @@ def library_file() -> Path:
 
 
 def build() -> Path:
-    """Compile, and move the result to its place; builds of other sources are removed.
+    """Compile the library and move it to its path; builds of other sources are removed.
 
     Raises:
         RuntimeError: no x86-64, no compiler, or it failed; with the reason.
@@ -81,7 +81,7 @@ def _finish(process: subprocess.Popen[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. Exit: 0 built, 1 not; the reason is on standard error."""
+    """Run the command line. Exit: 0 built, 1 not built; the reason is on standard error."""
     # not command_line.py's parser: the layer uses nothing of the package around it
     argparse.ArgumentParser(prog="xmoe native", description=__doc__.splitlines()[0]).parse_args(argv)
     try:

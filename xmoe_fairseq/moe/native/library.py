@@ -23,7 +23,7 @@ PATHS = {"avx512_vnni": 2, "avx2": 1, "torch": 0}
 
 @cache
 def chosen_path() -> str:
-    """The instruction set that few rows are computed with; chosen at the first call and logged.
+    """The instruction set for few rows, chosen at the first call and logged.
 
     AMX machines take ``avx512_vnni``: few rows wait for memory, which tiles do not read faster.
     """
@@ -38,7 +38,7 @@ def chosen_path() -> str:
 
 
 def available_paths() -> list[str]:
-    """What this machine and this installation can run, best first."""
+    """The paths that this machine and this installation can run, best first."""
     library = _library()
     supported = 0 if library is None else library.xmoe_supported()
     return [name for name, number in PATHS.items() if not number or supported & number]
@@ -51,7 +51,7 @@ def _library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(file))
-    except OSError as error:  # a torch whose OpenMP is not GNU's interface
+    except OSError as error:  # this torch's OpenMP lacks GNU's interface
         logger.warning("%s cannot be loaded (%s): torch's own operators are used", file.name, error)
         return None
 
@@ -59,7 +59,7 @@ def _library() -> Any:
 def call(name: str, path: str, *arguments: Tensor | int | None) -> None:
     """``xmoe_<name>`` with ``path`` in front and torch's number of threads at the end.
 
-    Tensors go as pointers: contiguous, on the CPU, of the dtype the function wants. None is a null pointer.
+    Tensors become pointers; they must be contiguous, on the CPU and of the function's dtype. None is a null pointer.
     """
     values = [_as_c(argument) for argument in arguments]
     getattr(_library(), f"xmoe_{name}")(PATHS[path], *values, torch.get_num_threads())

@@ -54,7 +54,7 @@ class Int8Weights(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which input row each assignment takes, and where the assignments of each expert begin.
+    """The input row of each assignment, and the first assignment of each expert.
 
     Attributes:
         row_A: int64; None: assignment a takes row a.
@@ -146,7 +146,7 @@ def combine(out_AD: Tensor, weight_A: Tensor, token_A: Tensor, num_tokens: int, 
 
 
 def path_for(tensor: Tensor) -> str:
-    """The chosen path on a CPU; torch on every other device, and where somebody counts torch's operators (FLOPs)."""
+    """The chosen path on a CPU; torch on other devices, and while torch's operators are counted (FLOPs)."""
     watched = _get_current_dispatch_mode() is not None
     return chosen_path() if tensor.device.type == "cpu" and not watched else "torch"
 
@@ -189,7 +189,7 @@ def _float_linear_in_torch(x_RI: Tensor, w_EIO: Tensor, bias_EO: Tensor | None, 
 
 
 def _pieces(groups: Groups, num_experts: int) -> list[tuple[int, slice, Tensor | slice]]:
-    """(expert, its assignments, their input rows) of every expert that has any."""
+    """(expert, its assignments, their input rows) of every expert that has assignments."""
     start = groups.start_E.tolist()
     parts = [(expert, slice(start[expert], start[expert + 1])) for expert in range(num_experts)]
     return [

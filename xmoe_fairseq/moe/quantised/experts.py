@@ -18,7 +18,7 @@ from .weights import StoredNumbers, dequantise, quantise_channels, with_sums
 
 
 class _InferenceExperts(StoredNumbers):
-    """What the two kinds share: no gradient, and float32 outside the matrices whatever the model is cast to."""
+    """The base of both kinds: no gradient, and float32 outside the matrices whatever dtype the model is cast to."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()

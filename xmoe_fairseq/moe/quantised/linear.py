@@ -1,4 +1,4 @@
-"""Linear maps and embeddings with int8 weights, for inference; and a model whose maps are exchanged for them."""
+"""Linear maps and embeddings with int8 weights for inference, and their exchange in a model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Int8Embedding(_Int8Matrix):
         self.padding_idx, self.dtype = padding_idx, dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.dtype = fn(torch.zeros(1, dtype=self.dtype)).dtype  # what the model computes in
+        self.dtype = fn(torch.zeros(1, dtype=self.dtype)).dtype  # the dtype in which the model computes
         return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Int8Embedding(_Int8Matrix):
 
 
 def refuse_training(module: nn.Module) -> None:
-    """RuntimeError where ``module`` is in training mode."""
+    """Raise RuntimeError if ``module`` is in training mode."""
     if module.training:
         raise RuntimeError(
             "int8 weights are for inference and cannot be trained: train the float checkpoint and quantise the result "

@@ -34,7 +34,7 @@ def dequantise(q_EOI: Tensor, scale_EO: Tensor) -> Tensor:
 
 
 def with_sums(q_EOI: Tensor, scale_EO: Tensor, bias_EO: Tensor | None) -> Int8Weights:
-    """What the kernels take: the sums of the channels are made here."""
+    """The arguments of the kernels, with the sums of the channels."""
     return Int8Weights(q_EOI, scale_EO, q_EOI.sum(dim=-1, dtype=torch.int32), bias_EO)
 
 

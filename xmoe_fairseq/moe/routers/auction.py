@@ -17,7 +17,7 @@ from torch import Tensor
 TOLERANCE = 2e-3
 # Temperatures of the scaling over that deviation, and rounds of each.
 _TEMPERATURES, _SCALINGS = (1.0, 0.3, 0.1, 0.03), 12
-# Rounds between two looks at whether a token is left: each look waits for the device.
+# Rounds between two checks whether a token is left; each check waits for the device.
 _ROUNDS_BETWEEN_LOOKS = 8
 # Many equal rows raise a price by epsilon at a time: after so many rounds epsilon doubles, every 64 rounds.
 _PATIENT_ROUNDS, _ROUNDS_PER_DOUBLING = 512, 64

@@ -20,7 +20,7 @@ LEAST_MASS = 1e-30
 
 @dataclass(frozen=True)
 class KernelRule:
-    """How a router chooses, where the kernels can do it.
+    """The rule of a router's choice, for the kernels.
 
     Attributes:
         threshold: mass to reach; None: the ``most`` likeliest gates.
@@ -40,10 +40,10 @@ class KernelRule:
 class Router(nn.Module):
     """Linear gate with a softmax (Eq 1); subclasses decide which experts a token takes.
 
-    A subclass implements ``choose`` and says of itself, on the class:
+    A subclass implements ``choose`` and declares on the class:
 
     Attributes:
-        settings: what it lets a user choose beside the settings of every layer; its values are ``self.config.NAME``.
+        settings: its own settings beside those of every layer; their values are ``self.config.NAME``.
         unused: settings of every layer that it would silently ignore; a value that is not the default is refused.
         weights_by_softmax: the weight of an expert is its share of a softmax over all experts.
 
