@@ -33,6 +33,7 @@ class Settings:
     """How a folder of subwords was learned.
 
     Attributes:
+        target: None for the text of one language.
         tool: ``sentencepiece`` or ``subword-nmt``.
         vocab_size: of each model, with sentencepiece's own <unk>, <s>, </s>.
         max_lines: lines used of each file, evenly spaced over it; 0 = all.
@@ -40,7 +41,7 @@ class Settings:
     """
 
     source: str
-    target: str
+    target: str | None
     tool: str = "sentencepiece"
     joint: bool = True
     vocab_size: int = 32_000
@@ -52,15 +53,18 @@ class Settings:
 
     def name_for(self, language: str | None) -> str:
         """The name of a language's model; joint subwords need no language. Raises: DataError for an unknown one."""
-        allowed = (self.source, self.target, *([None] if self.joint else []))
-        if language not in allowed:
-            raise DataError(f"--language {language}: these subwords want {self.source} or {self.target}")
+        if language not in self.languages and not (language is None and self.joint):
+            raise DataError(f"--language {language}: these subwords want {' or '.join(self.languages)}")
         return "joint" if self.joint or language is None else language
 
     def names(self) -> dict[str, list[str]]:
         """Languages by the model they share."""
-        both = [self.source, self.target]
-        return {"joint": both} if self.joint else {language: [language] for language in both}
+        return {"joint": self.languages} if self.joint else {language: [language] for language in self.languages}
+
+    @property
+    def languages(self) -> list[str]:
+        """The source language and, where there is one, the target language."""
+        return [language for language in (self.source, self.target) if language is not None]
 
 
 def dictionary_name(name: str) -> str:
@@ -78,11 +82,11 @@ def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path
     """Learn and write models, dictionaries and settings; on failure nothing is written.
 
     Args:
-        inputs: training text of the source and of the target language.
+        inputs: training text of the source and, of parallel text, of the target language.
     Raises: DataError for missing text, or a vocabulary size the text cannot fill (it gives the largest).
     """
     results: dict[Path, bytes] = {}
-    texts = dict(zip((settings.source, settings.target), inputs, strict=True))
+    texts = dict(zip(settings.languages, inputs, strict=True))
     for path in inputs:
         require_file(path, "training text")
     for name, languages in settings.names().items():

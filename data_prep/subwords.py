@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_prep.subword_coding import Coder, Cutter, transform
 from data_prep.subword_models import Settings, dictionary_name, learn, load_settings
-from data_prep.textio import DataError, language_pair, require_file
+from data_prep.textio import DataError, language_code, language_pair, require_file
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside
 
@@ -46,9 +46,8 @@ def _add_learn(parser: CommandParser) -> None:
         return float(text)
 
     flag, add = parser.flag, parser.add_argument
-    files = ("PREFIX.SRC", "PREFIX.TGT")
-    input_help = "training text; the names end in the language codes, such as train.uk train.en"
-    add("--inputs", type=Path, nargs=2, required=True, metavar=files, help=input_help)
+    input_help = "training text, of two languages or of one; the names end in the codes, such as train.uk train.en"
+    add("--inputs", type=Path, nargs="+", required=True, metavar="PREFIX.LANGUAGE", help=input_help)
     flag("--out", type=Path, required=True, metavar="DIR", help="folder for model, dictionary and settings")
     add(
         "--tool",
@@ -77,9 +76,9 @@ def _add_learn(parser: CommandParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    source, target = (path.suffix.lstrip(".") for path in args.inputs)
+    languages = [path.suffix.lstrip(".") for path in args.inputs]
     try:
-        language_pair(f"{source}-{target}")
+        source, target = language_pair("-".join(languages)) if len(languages) > 1 else (language_code(*languages), None)
     except argparse.ArgumentTypeError as error:
         raise DataError(f"--inputs: the ends of the file names tell the languages: {error}") from None
     settings = Settings(

@@ -21,6 +21,13 @@ def language_pair(text: str) -> tuple[str, str]:
     return source, target
 
 
+def language_code(text: str) -> str:
+    """Read one language, for instance ``en``; an argparse type, so it raises ArgumentTypeError."""
+    if not re.fullmatch(r"[a-z]{2,3}", text):
+        raise argparse.ArgumentTypeError(f"wants a language code such as en, got {text!r}")
+    return text
+
+
 def split_lines(block: bytes) -> list[bytes]:
     """Split at LF only, not at U+2028, VT and others as ``splitlines`` does, and drop an empty last line."""
     lines = block.split(b"\n")

@@ -1,7 +1,7 @@
-"""Check raw parallel text PREFIX.SRC and PREFIX.TGT before it is used; change nothing.
+"""Check raw text PREFIX.SRC and PREFIX.TGT, or PREFIX.LANGUAGE, before it is used; change nothing.
 
 Each problem names file, line, value, what is allowed and the way out. Held-out text is checked like the rest, and its
-pairs that the other text repeats are counted. Memory holds one line of each side and the held-out lines.
+pairs (or lines) that the other text repeats are counted. Memory holds one line of each side and the held-out lines.
 """
 
 import argparse
@@ -11,11 +11,12 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.languages import is_blank, look_swapped
-from data_prep.textio import language_pair, read_lines
+from data_prep.textio import language_code, language_pair, read_lines
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside
 
@@ -47,11 +48,15 @@ class Report:
 
     Attributes:
         lines: pairs of lines read; the smaller of the two counts if they differ.
+        words: runs without white space, over all languages.
+        num_bytes: of all languages in UTF-8, line ends included.
         problems: the first MAX_LISTED of them, in the order of the text.
         total: number of all problems.
     """
 
     lines: int = 0
+    words: int = 0
+    num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
     total: int = 0
 
@@ -65,37 +70,56 @@ def side_path(prefix: str | Path, language: str) -> Path:
     return Path(f"{prefix}.{language}")
 
 
-def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 10_000) -> Report:
+def validate(prefix: str | Path, *languages: str, max_chars: int = 10_000) -> Report:
     """Check one prefix line by line.
 
     Args:
-        prefix: the files are ``prefix.source`` and ``prefix.target``.
+        languages: the files are ``prefix.language``: two for parallel text, one for a language model's.
         max_chars: longest line allowed, in Unicode characters.
     Returns: a Report; the text is valid if ``report.total == 0``.
     """
     report = Report()
-    paths = side_path(prefix, source), side_path(prefix, target)
+    paths = [side_path(prefix, language) for language in languages]
     for path in paths:
         for problem in file_problems(path, prefix):
             report.add(problem)
     if report.total:
         return report
-    mend = shlex.join(
-        ["xmoe", "prepare", "clean", "--pair", f"{source}-{target}", "--input", str(prefix), "--out", f"{prefix}.clean"]
-    )
-    counts = [0, 0]
+    mend = _mend(prefix, languages)
+    counts = [0] * len(paths)
     crlf_told: set[Path] = set()
-    sample: tuple[list[str], list[str]] = ([], [])
-    with paths[0].open("rb") as source_file, paths[1].open("rb") as target_file:
-        for pair in itertools.zip_longest(read_lines(source_file), read_lines(target_file)):
-            for side, (path, raw) in enumerate(zip(paths, pair, strict=True)):
+    sample: list[list[str]] = [[] for _ in paths]
+    with ExitStack() as stack:
+        sides = [read_lines(stack.enter_context(path.open("rb"))) for path in paths]
+        for group in itertools.zip_longest(*sides):
+            for side, (path, raw) in enumerate(zip(paths, group, strict=True)):
                 if raw is None:
                     continue
                 counts[side] += 1
+                report.words += len(raw.split())
+                report.num_bytes += len(raw) + 1
                 check_line(report, path, counts[side], raw, max_chars, mend, crlf_told)
                 if counts[side] <= SAMPLE_LINES:
                     sample[side].append(raw.decode(errors="ignore"))
     report.lines = min(counts)
+    if len(paths) == 2:
+        _compare_sides(report, paths, languages, counts, sample)
+    return report
+
+
+def _mend(prefix: str | Path, languages: Sequence[str]) -> str:
+    """What mends most problems."""
+    if len(languages) == 1:
+        return "an editor, sed or iconv"
+    pair, out = "-".join(languages), f"{prefix}.clean"
+    return shlex.join(["xmoe", "prepare", "clean", "--pair", pair, "--input", str(prefix), "--out", out])
+
+
+def _compare_sides(
+    report: Report, paths: Sequence[Path], languages: Sequence[str], counts: Sequence[int], sample: Sequence[list[str]]
+) -> None:
+    """Add unequal counts and swapped languages."""
+    source, target = languages
     if counts[0] != counts[1]:
         shorter = paths[counts[0] > counts[1]].name
         report.add(
@@ -103,12 +127,11 @@ def validate(prefix: str | Path, source: str, target: str, *, max_chars: int = 1
             f"line N translating line N; look for a lost or split line, {shorter} being the shorter side, "
             "and export both sides together again"
         )
-    if not report.total and look_swapped(sample, (source, target)):
+    if not report.total and look_swapped(sample, languages):
         report.add(
             f"{paths[0]} looks like {target} and {paths[1]} like {source}: the languages are swapped; "
             f"rename the files, or give --pair {target}-{source}"
         )
-    return report
 
 
 @dataclass
@@ -120,30 +143,31 @@ class Overlap:
     sources: int
 
 
-def overlaps(prefixes: Sequence[str], held_out: Sequence[str], source: str, target: str) -> dict[str, Overlap]:
+def overlaps(prefixes: Sequence[str], held_out: Sequence[str], *languages: str) -> dict[str, Overlap]:
     """How many lines of each held-out text occur in ``prefixes``, without regard to white space at the ends."""
-    wanted = {pair for prefix in held_out for pair in _pairs(prefix, source, target)}
+    wanted = {pair for prefix in held_out for pair in _pairs(prefix, languages)}
     wanted_sources = {pair[0] for pair in wanted}
-    found, found_sources = set[tuple[bytes, bytes]](), set[bytes]()
+    found, found_sources = set[tuple[bytes, ...]](), set[bytes]()
     for prefix in prefixes:
-        for pair in _pairs(prefix, source, target):
+        for pair in _pairs(prefix, languages):
             if pair[0] in wanted_sources:
                 found_sources.add(pair[0])
                 if pair in wanted:
                     found.add(pair)
     results = {}
     for prefix in held_out:
-        pairs = list(_pairs(prefix, source, target))
+        pairs = list(_pairs(prefix, languages))
         results[prefix] = Overlap(
             len(pairs), sum(pair in found for pair in pairs), sum(pair[0] in found_sources for pair in pairs)
         )
     return results
 
 
-def _pairs(prefix: str, source: str, target: str) -> Iterator[tuple[bytes, bytes]]:
-    with side_path(prefix, source).open("rb") as source_file, side_path(prefix, target).open("rb") as target_file:
-        for pair in zip(source_file, target_file, strict=False):
-            yield pair[0].strip(), pair[1].strip()
+def _pairs(prefix: str, languages: Sequence[str]) -> Iterator[tuple[bytes, ...]]:
+    with ExitStack() as stack:
+        sides = [stack.enter_context(side_path(prefix, language).open("rb")) for language in languages]
+        for lines in zip(*sides, strict=False):
+            yield tuple(line.strip() for line in lines)
 
 
 def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
@@ -200,12 +224,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(
         "prepare validate", "Check raw parallel text. Exit: 0 valid, 1 problems found, 2 bad arguments."
     )
-    parser.flag("--pair", type=language_pair, required=True)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--pair", type=language_pair, metavar="SRC-TGT", help="source and target language, e.g. uk-en")
+    kind.add_argument("--language", type=language_code, metavar="CODE", help="text of one language, e.g. en")
     parser.add_argument("--max-chars", type=at_least(1), default=10_000, help="longest line (default 10000)")
-    parser.add_argument("prefixes", nargs="*", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT")
+    parser.add_argument(
+        "prefixes", nargs="*", metavar="PREFIX", help="checks PREFIX.SRC and PREFIX.TGT, or PREFIX.CODE"
+    )
     held_out_help = "development and test texts: checked, too, and how much of them the others repeat"
     parser.add_argument("--held-out", nargs="+", default=[], metavar="PREFIX", help=held_out_help)
-    parser.add_argument("--json", metavar="FILE", help="write how much the held-out texts overlap with the others")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write lines, words, bytes, and what held-out texts share with others"
+    )
     args = parser.parse_args(argv)
     if not args.prefixes + args.held_out:
         parser.error("give at least one PREFIX")
@@ -215,14 +245,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @reports_errors("validate")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    source, target = args.pair
-    valid = True
-    for prefix in [*args.prefixes, *args.held_out]:
-        report = validate(prefix, source, target, max_chars=args.max_chars)
+    languages = args.pair or (args.language,)
+    reports = {
+        prefix: validate(prefix, *languages, max_chars=args.max_chars) for prefix in args.prefixes + args.held_out
+    }
+    for prefix, report in reports.items():
         if not report.total:
-            print(f"{prefix}.{{{source},{target}}}: {report.lines} valid pairs of lines")
-            continue
-        valid = False
+            sides, what = (f"{{{','.join(args.pair)}}}", "pairs of lines") if args.pair else (args.language, "lines")
+            print(f"{prefix}.{sides}: {report.lines} valid {what}")
         for problem in report.problems:
             print(f"validate: error: {problem}", file=sys.stderr)
         if report.total > MAX_LISTED:
@@ -230,31 +260,44 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"validate: error: {prefix}: {report.total - MAX_LISTED} more problems not listed",
                 file=sys.stderr,
             )
-    if valid and args.held_out:
-        valid = _tell_overlaps(args)
-    return 0 if valid else 1
-
-
-def _tell_overlaps(args: argparse.Namespace) -> bool:
-    """Print and write the overlaps. Returns: True if none is above MAX_OVERLAP."""
-    found = overlaps(args.prefixes, args.held_out, *args.pair)
+    if any(report.total for report in reports.values()):
+        return 1
+    found = overlaps(args.prefixes, args.held_out, *languages) if args.held_out else {}
     if args.json:
-        content = {"held_out": [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()]}
-        with open_aside([Path(args.json)]) as (file,):
-            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    few = True
-    for prefix, overlap in found.items():
-        if not overlap.sources:
-            continue
-        is_little = overlap.pairs <= MAX_OVERLAP * overlap.lines
-        few = few and is_little
-        print(
-            f"validate: {'warning' if is_little else 'error'}: {overlap.pairs} of {overlap.lines} pairs of {prefix} "
-            f"are in the training text ({overlap.sources} by their source): scores on them say little; take them out "
-            f"of it with xmoe prepare clean --exclude {prefix}",
-            file=sys.stderr,
-        )
-    return few
+        _write_json(args.json, reports, found)
+    told = [_is_little(prefix, overlap, args) for prefix, overlap in found.items()]
+    return 0 if all(told) else 1
+
+
+def _write_json(path: str, reports: dict[str, Report], found: dict[str, Overlap]) -> None:
+    sizes = [
+        {"text": prefix, "lines": report.lines, "words": report.words, "bytes": report.num_bytes}
+        for prefix, report in reports.items()
+    ]
+    content = {
+        "texts": sizes,
+        "held_out": [{"text": prefix, **asdict(overlap)} for prefix, overlap in found.items()],
+    }
+    with open_aside([Path(path)]) as (file,):
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _is_little(prefix: str, overlap: Overlap, args: argparse.Namespace) -> bool:
+    """Tell what the training text repeats of a held-out one. Returns: True if it is not above MAX_OVERLAP."""
+    if not overlap.sources:
+        return True
+    is_little = overlap.pairs <= MAX_OVERLAP * overlap.lines
+    told = (
+        f"{overlap.pairs} of {overlap.lines} {'pairs' if args.pair else 'lines'} of {prefix} are in the training text"
+    )
+    if args.pair:
+        told += f" ({overlap.sources} by their source)"
+        way_out = f"take them out of it with xmoe prepare clean --exclude {prefix}"
+    else:
+        way_out = f"take them out of it, such as with grep -vxFf {prefix}.{args.language}"
+    kind = "warning" if is_little else "error"
+    print(f"validate: {kind}: {told}: scores on them say little; {way_out}", file=sys.stderr)
+    return is_little
 
 
 if __name__ == "__main__":

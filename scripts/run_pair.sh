@@ -49,24 +49,18 @@ Exit: 0 done, 1 a stage failed (the last line names it), 2 bad arguments or a tr
 75 stopped by a signal, everything saved.
 TEXT
 }
-# shellcheck source=scripts/lib.sh
-. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=scripts/model_run.sh
+. "$(dirname "${BASH_SOURCE[0]}")/model_run.sh"
 
-pair='' train='' valid='' test='' out='' config=$root/train_configs/small/xmoe.yaml seed=1
-tool=sentencepiece vocab_size=8000 average=last:5 beam=5 lenpen=1.0 model_overrides='{}' max_tokens=4096 max_len_a=0
-max_len_b=200 max_source_length='' device=auto workers=$(num_cores) data_bin='' subword_model='' test_set='' corpora=''
-data_only='' restart='' no_analysis='' overrides=() goals=() launcher_words='' launcher=()
-flags=(pair train valid test out config seed subwords:tool vocab-size average beam lenpen model-overrides max-tokens
-    max-len-a max-len-b max-source-length device workers data-bin subword-model test-set corpora launcher:launcher_words
-    'set:overrides[]' 'calibrate:goals[]')
-switches=(dry-run data-only restart no-analysis)
+pair='' train='' valid='' test='' config=$root/train_configs/small/xmoe.yaml beam=5 lenpen=1.0 model_overrides='{}' max_len_a=0
+max_len_b=200 max_source_length='' subword_model='' corpora=''
+flags=("${model_flags[@]}" pair train valid test beam lenpen model-overrides max-len-a max-len-b max-source-length subword-model
+    corpora)
+switches=("${model_switches[@]}")
 read_flags "$@"
-read -ra launcher <<<"$launcher_words"
-((${#goals[@]})) || goals=(loss:0.01)
-[[ ${goals[*]} != none ]] || goals=()
 
 check_arguments() {
-    local name override needed=(pair train valid test out)
+    local name needed=(pair train valid test out)
     if [[ -n $data_bin$subword_model ]]; then
         [[ -n $data_bin && -n $subword_model ]] || die '--data-bin and --subword-model go together' 2
         [[ -z $train$valid ]] || die '--data-bin brings the training data; leave out --train and --valid' 2
@@ -77,39 +71,12 @@ check_arguments() {
         [[ -n ${!name} ]] || die "--$name is missing; see --help" 2
     done
     need_pair "$pair"
-    need_whole_number --seed "$seed" 0
-    need_whole_number --vocab-size "$vocab_size" 1
-    [[ $average =~ ^(last|best):[1-9][0-9]*$ ]] || die "--average wants last:N or best:N such as last:5, got '$average'" 2
+    check_model_arguments
     need_whole_number --beam "$beam" 1
-    need_whole_number --max-tokens "$max_tokens" 2
     need_whole_number --max-len-b "$max_len_b" 0
     [[ -z $max_source_length ]] || need_whole_number --max-source-length "$max_source_length" 1
     [[ $max_len_a =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-len-a wants a number of at least 0 such as 1.5, got '$max_len_a'" 2
-    need_whole_number --workers "$workers" 1
     [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "--lenpen wants a number such as 1.0, got '$lenpen'" 2
-    [[ $tool == sentencepiece || $tool == subword-nmt ]] ||
-        die "--subwords is sentencepiece or subword-nmt, got '$tool'" 2
-    for name in ${goals[@]+"${goals[@]}"}; do
-        [[ $name =~ ^(loss|budget):[0-9]+(\.[0-9]+)?$ ]] ||
-            die "--calibrate wants loss:BITS or budget:X such as loss:0.01, or none alone, got '$name'" 2
-    done
-    [[ $device == auto || $device == cpu || $device == cuda ]] || die "--device is cpu, cuda or auto, got '$device'" 2
-    [[ $config == *.yaml ]] || die "--config wants a file that ends in .yaml, got '$config'" 2
-    [[ -f $config ]] || die "--config: no such file: '$config'; those that come with the project: $root/train_configs" 2
-    for override in ${overrides[@]+"${overrides[@]}"}; do
-        [[ $override =~ ^[a-z_]+(\.[a-z_0-9]+)+=.+ ]] ||
-            die "--set wants GROUP.KEY=VALUE such as optimization.max_update=2000, got '$override'" 2
-    done
-    [[ $out$data_bin != *:* ]] || die "--out and --data-bin: fairseq takes ':' for a list of folders; rename" 2
-}
-
-find_device() {
-    local has_cuda=''
-    [[ $device != cpu ]] || return 0
-    [[ $device == auto || -z $dry_run ]] || return 0 # printed for the machine that will run it
-    if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then has_cuda=yes; fi
-    [[ $device != cuda || -n $has_cuda ]] || die "--device cuda: torch sees no GPU; use --device cpu or auto" 2
-    device=$([[ -n $has_cuda ]] && echo cuda || echo cpu)
 }
 
 check_arguments
@@ -120,16 +87,14 @@ done
 test_set=${test_set:-$(basename "$test")}
 use_environment
 find_device
+settle_model_arguments
 
-user_dir=$root/xmoe_fairseq
 prepared=$data_bin
 # With prepared data the test set alone is encoded and binarised here: cut to what this model takes.
 test_bin=$out/test-bin
 [[ -n $prepared ]] || test_bin=$out/data-bin
 subwords=${subword_model:-$out/subwords} encoded=$out/encoded data_bin=${data_bin:-$out/data-bin}
-checkpoints=$out/checkpoints translations=$out/translations training_log=$out/train.log averaged=$checkpoints/averaged.pt
-calibrated=$out/calibrated analysis=$out/analysis.json
-[[ -z $no_analysis ]] || analysis=''
+translations=$out/translations
 raw_prefixes=(${train:+"$train"} ${valid:+"$valid"} "$test")
 raw_files=() encoded_files=() training_data=() test_data=() position_flags=() longest_source='' longest_target=''
 for language in "$source_language" "$target_language"; do
@@ -138,16 +103,14 @@ for language in "$source_language" "$target_language"; do
     training_data+=("$data_bin/dict.$language.txt" "$data_bin"/{train,valid}."$pair.$language".{bin,idx})
     test_data+=("$test_bin/dict.$language.txt" "$test_bin/test.$pair.$language".{bin,idx})
 done
-device_flags=() device_settings=()
-if [[ $device == cpu ]]; then
-    device_flags=(--cpu)
-    device_settings=(++common.cpu=true ++common.fp16=false ++common.bf16=false ++common.amp=false)
-fi
-# Both are read by lib.sh.
+# Read by model_run.sh, as is vocabulary.
 # shellcheck disable=SC2034
-results=("$out/report.md" "$out/scores.json" "$out/report.html")
+task_words=(++task.source_lang="$source_language" ++task.target_lang="$target_language")
 # shellcheck disable=SC2034
-results_stage=report
+vocabulary=$data_bin/dict.$source_language.txt
+device_flags=()
+[[ $device != cpu ]] || device_flags=(--cpu)
+# Read by lib.sh.
 # shellcheck disable=SC2034
 stages=(validate subwords encode binarise test_data lengths train average generate detokenise score calibrate analyse report)
 
@@ -218,9 +181,6 @@ prepare_test_data() {
     run mv "$test_bin.partial" "$test_bin"
 }
 
-# The settings of the YAML and of --set, as arguments of eval.run.training_settings.
-configuration=(--config "$config" ${overrides[@]+"${overrides[@]/#/--set=}"})
-
 # What the model depends on beside these settings; the content of text counts, not its place.
 training_facts() {
     local split language sum
@@ -236,101 +196,6 @@ training_facts() {
             printf 'content of --%s (%s)=%s\n' "$split" "$language" "$sum"
         done
     done
-}
-
-# Stops with exit 2 and the names of the settings with which the training in $checkpoints cannot go on.
-check_training() { # check_training [FLAG...]: flags of eval.run.training_settings check
-    local facts code=0
-    facts=$(training_facts)
-    mapfile -t facts <<<"$facts"
-    python -m eval.run.training_settings check --checkpoints "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
-        code=$?
-    ((code != 2)) || die "the training cannot be continued with these settings. Give another --out and keep both, or add \
---restart, which renames $out and begins anew; nothing was changed" 2
-    return "$code"
-}
-
-# Paths and --set, a line each, quoted for hydra.
-training_words() {
-    python -m eval.run.training_settings overrides --text "task.data=$data_bin" --text "checkpoint.save_dir=$checkpoints" \
-        --text "common.user_dir=$user_dir" --text "hydra.run.dir=$out/hydra" ${overrides[@]+"${overrides[@]/#/--set=}"}
-}
-
-# A training that a signal stopped leaves this file beside its checkpoint; torchrun gives out other codes than its ranks.
-stopped_by_signal=$checkpoints/stopped-by-signal
-
-# Any rank will do: they agree to save and to end. torchrun itself would not survive USR1, and gives its ranks too
-# little time after TERM. Ranks that still load their data do not listen yet, so the signal is repeated.
-signal_train() { # signal_train SIGNAL PID
-    local save_dir_word rank
-    if [[ $1 == INT || ! -r /proc/self/cmdline ]]; then
-        kill -"${1/USR1/TERM}" -- "-$2" 2>/dev/null || true
-        return
-    fi
-    save_dir_word=$(training_words | sed -n 2p)
-    while kill -0 "$2" 2>/dev/null; do
-        for rank in $(training_ranks); do kill -USR1 "$rank" 2>/dev/null || true; done
-        sleep 5
-    done &
-}
-
-# The processes on this machine that train into $checkpoints, without the loading processes they forked; where
-# fairseq-hydra-train itself started a process a GPU, those.
-training_ranks() {
-    local place pid words ranks=() parents=()
-    for place in /proc/[0-9]*; do
-        { mapfile -d '' -t words <"$place/cmdline"; } 2>/dev/null || continue
-        if [[ ${words[1]-} == */fairseq-hydra-train && " ${words[*]} " == *" $save_dir_word "* ]]; then
-            ranks+=("${place#/proc/}")
-        fi
-    done
-    for pid in ${ranks[@]+"${ranks[@]}"}; do
-        parents+=("$(awk '$1 == "PPid:" { print $2 }' "/proc/$pid/status" 2>/dev/null)")
-    done
-    for place in "${!ranks[@]}"; do
-        pid=${ranks[place]}
-        [[ " ${ranks[*]} " != *" ${parents[place]} "* ]] || continue
-        pgrep -P "$pid" -f 'multiprocessing.*spawn_main' || printf '%s\n' "$pid"
-    done
-}
-
-# Without update_epoch_batch_itr fairseq keeps the batches of the epoch in which its process started, and a training
-# that continues in a later epoch sees others than one that was never interrupted.
-train_model() {
-    local words state code=0 command=(${launcher[@]+"${launcher[@]}"}
-        fairseq-hydra-train --config-dir "$(dirname "$config")" --config-name "$(basename "$config" .yaml)")
-    words=$(training_words)
-    mapfile -t words <<<"$words"
-    command+=("${words[@]:0:4}" ++task.source_lang="$source_language" ++task.target_lang="$target_language"
-        ++common.seed="$seed" ++common.log_format=json ++dataset.update_epoch_batch_itr=true
-        ++dataset.skip_invalid_size_inputs_valid_test=true ${device_settings[@]+"${device_settings[@]}"} "${words[@]:4}")
-    if [[ -n $dry_run ]]; then
-        printf '%q ' "${command[@]}"
-        printf '2>&1 | python -m eval.run.training_log --log %q\n' "$training_log"
-        return
-    fi
-    mkdir -p "$checkpoints"
-    state=$(check_training --fact "vocabulary=$(checksum "$data_bin/dict.$source_language.txt")" --write --state)
-    if [[ $state == done* ]]; then
-        log "train: ${state#done } updates are done, max_update asks for no more"
-        return
-    fi
-    [[ $state != fresh* ]] || set_aside "$training_log" # of a training that left no checkpoint
-    git -C "$root" describe --always --dirty --abbrev=40 --exclude '*' >"$checkpoints/commit.txt" 2>/dev/null || true
-    rm -f "$stopped_by_signal"
-    trap '' USR1 # torchrun ends by it; the ranks listen all the same
-    "${command[@]}" 2>&1 | python -m eval.run.training_log --log "$training_log" || code=$?
-    trap - USR1
-    if ((code)); then
-        [[ ! -f $stopped_by_signal ]] || return "$SAVED"
-        return "$code"
-    fi
-    [[ -f $checkpoints/checkpoint_last.pt ]] || die "the training left no checkpoint in $checkpoints; see $training_log"
-}
-
-average_checkpoints() {
-    run python -m xmoe_fairseq.checkpoints.average "--${average%:*}-of" "$checkpoints" --num "${average#*:}" \
-        --allow-fewer --out "$averaged"
 }
 
 # fairseq-generate takes one of as many parts of the test set as it sees GPUs, hence the world size of 1.
@@ -416,25 +281,7 @@ report() {
     run python -m eval.report "$pair=$out" --out "$out/report.html"
 }
 
-open_folder() { # makes and locks $out
-    mkdir -p "$out/.stages"
-    lock "$out/.stages/lock"
-}
-
-begin() {
-    local is_new=''
-    [[ -e $out ]] || is_new=yes
-    trap report_failed_stage EXIT
-    open_folder
-    if [[ -n $restart && -z $is_new ]]; then
-        set_aside "$out"
-        open_folder
-    fi
-    [[ ! -d $checkpoints ]] || check_training
-}
-
 main() {
-    local train_settings=''
     cd "$root"
     if [[ -n $dry_run ]]; then
         printf 'cd %q\n' "$root"
@@ -457,10 +304,7 @@ main() {
         [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
         return
     fi
-    [[ -n $dry_run ]] || train_settings=$(python -m eval.run.training_settings signature "${configuration[@]}")
-    mapfile -t train_settings <<<"$train_settings"
-    stage train train_model "seed=$seed" "${train_settings[@]}" -- "${training_data[@]}"
-    stage average average_checkpoints "which=$average" -- "$checkpoints/checkpoint_last.pt"
+    train_and_average "${training_data[@]}"
     stage generate generate "beam=$beam" "lenpen=$lenpen" "batch=$max_tokens" "max_len=$max_len_a $max_len_b" \
         "device=$device" "model_overrides=$model_overrides" -- "$averaged" "${test_data[@]}"
     stage detokenise detokenise "pair=$pair" -- "$translations/generate.txt"
