@@ -16,7 +16,8 @@ from typing import Any
 
 from eval.run.record import load_run
 from eval.studies import collect, page, text
-from eval.studies.plan import Study, load_study
+from eval.studies.plan import Study
+from eval.studies.reading import load_study
 from eval.studies.running import SAVED, Job, Runner
 from eval.text import files
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors

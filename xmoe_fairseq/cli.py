@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Prepare text": (
         Command("prepare phrases", "data_prep.phrases", "make the demo's corpus"),
         Command("prepare download", "data_prep/download_wmt23.sh", "fetch a language pair of WMT23"),
-        Command("prepare validate", "data_prep.validate", "check parallel text, change nothing"),
+        Command("prepare validate", "data_prep.validate", "check parallel or monolingual text, change nothing"),
         Command("prepare clean", "data_prep.clean", "mend and filter parallel text"),
         Command("prepare sample", "data_prep.sample", "draw a number of pairs by seed"),
         Command("prepare subwords", "data_prep.subwords", "learn, encode, decode, dictionaries"),
@@ -50,7 +50,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
     "Train": (
         Command("run", "scripts/run_pair.sh", "raw parallel text to a trained, scored, explained model"),
-        Command("study", "scripts/run_study.sh", "pairs x methods x seeds: trained, tested, compared"),
+        Command("lm", "scripts/run_lm.sh", "raw text to a trained, evaluated language model"),
+        Command("study", "scripts/run_study.sh", "texts x methods x seeds: trained, tested, compared"),
         Command("wmt23", "scripts/train_wmt23.sh", "one cell of the paper's Table 3, from the download on"),
         Command("ranks", "scripts/train_multi.sh", "fairseq-train on several processes"),
     ),
@@ -70,6 +71,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Look inside": (
         Command("calibrate", "eval.calibrate", "threshold and limit of experts for a budget, written into a copy"),
         Command("quantisation", "eval.quantisation", "loss and scores of a float and of quantised checkpoints, tested"),
+        Command("perplexity", "eval.perplexity", "a language model's perplexity and the FLOPs of its MoE layers"),
         Command("sweep", "eval.sweep", "quality against counted FLOPs: threshold or capacity swept"),
         Command("analyse", "eval.analyse", "what the router does on a test set, as JSON"),
         Command("report", "eval.report", "the page of one run, or a comparison of several"),

@@ -197,7 +197,7 @@ def _routed(run: Run) -> str:
 
 
 def _price_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Scores at every price of inference that run_pair.sh tried, a row for each goal such as ``loss:0.01``."""
+    """What a model is worth at every price of inference that was tried, a row for each goal such as ``loss:0.01``."""
     goals = dict.fromkeys(goal for run in runs for goal in run.reported("calibrated"))
     return [[f"at the price {goal}", *(_price(run.reported("calibrated").get(goal)) for run in runs)] for goal in goals]
 
@@ -205,8 +205,11 @@ def _price_rows(runs: Sequence[Run]) -> list[list[str]]:
 def _price(part: Json | None) -> str:
     if part is None:
         return "–"
-    scores = part["scores"]
-    quality = f"BLEU {scores['bleu']['score']:.2f}, chrF2++ {scores['chrf++']['score']:.2f}"
+    if "test" in part:  # a language model's
+        quality = f"test perplexity {part['test']['perplexity']:.3f}"
+    else:
+        scores = part["scores"]
+        quality = f"BLEU {scores['bleu']['score']:.2f}, chrF2++ {scores['chrf++']['score']:.2f}"
     return f"MoE FLOPs / dense {part['after']['flops']:.2f}: {quality}"
 
 

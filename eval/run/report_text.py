@@ -30,7 +30,7 @@ ROUTING_FIGURES = {
 def to_markdown(report: dict[str, Any]) -> str:
     """The text of report.md."""
     training, generation = report["training"], report["generation"]
-    length = f"{training['updates']} updates, {training['epochs']} epochs, {_cell(training['seconds'])} s"
+    length = f"{training['updates']} updates, {training['epochs']} epochs, {three_digits(training['seconds'])} s"
     facts = {
         "test set": report["test_set"] or "not named",
         "model": f"{report['config']['model']['_name']}, {report['num_parameters']:,} parameters",
@@ -38,9 +38,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         "seed": report["seed"],
         "commit": report["commit"] or "not a git checkout",
         "training": length,
-        "training speed": f"{_cell(training['words_per_second'])} target words/s",
-        "validation loss": f"{_cell(training['valid_loss'])} (best {_cell(training['best_valid_loss'])})",
-        "translation speed": f"{_cell(generation['tokens_per_second'])} target tokens/s",
+        "training speed": f"{three_digits(training['words_per_second'])} target words/s",
+        "validation loss": f"{three_digits(training['valid_loss'])} (best {three_digits(training['best_valid_loss'])})",
+        "translation speed": f"{three_digits(generation['tokens_per_second'])} target tokens/s",
         "translations": report["hypotheses"]["path"],
         **evidence_rows(report),
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -72,10 +72,10 @@ def samples(report: dict[str, Any], count: int) -> list[tuple[str, str, str]]:
     return rows[::step][:count]
 
 
-def routing_table(report: dict[str, Any]) -> str:
+def routing_table(report: dict[str, Any], test: str = _ROUTED["test"]) -> str:
     """A Markdown table of the routing per layer, with the checkpoint and the text that it belongs to.
 
-    It is the routing of the analysis, as in report.html, or without one that of the training log.
+    It is the routing on the test set, which ``test`` introduces, or without one that of the training log.
     """
     routing = report["routing"]
     name = next((name for name in ("test", "valid") if routing.get(name, {}).get("layers")), "train")
@@ -83,10 +83,10 @@ def routing_table(report: dict[str, Any]) -> str:
         return "No MoE layer: every token goes through one dense feed-forward network."
     rows = {**routing[name]["layers"], "all layers": routing[name]["overall"]}
     names = [figure for figure in ROUTING_FIGURES if any(figure in figures for figures in rows.values())]
-    body = [[layer, *(_cell(figures.get(figure)) for figure in names)] for layer, figures in rows.items()]
+    body = [[layer, *(three_digits(figures.get(figure)) for figure in names)] for layer, figures in rows.items()]
     table = tabulate(body, ["layer", *names], tablefmt="github", disable_numparse=True)
     legend = "; ".join(f"{figure}: {ROUTING_FIGURES[figure]}" for figure in names)
-    return f"{_ROUTED[name]}\n\n{table}\n\n{legend}."
+    return f"{test if name == 'test' else _ROUTED[name]}\n\n{table}\n\n{legend}."
 
 
 def price_table(report: dict[str, Any]) -> str:
@@ -105,8 +105,8 @@ def price_table(report: dict[str, Any]) -> str:
             name,
             shown,
             "none" if limit is None else str(limit),
-            _cell(figures["flops"]),
-            _cell(figures["loss_bits"]),
+            three_digits(figures["flops"]),
+            three_digits(figures["loss_bits"]),
         ]
         rows.append([*row, *(f"{scores[metric]['score']:.2f}" for metric in ("bleu", "chrf++"))])
     headers = ["", "threshold", "most experts", "MoE FLOPs / dense", "validation loss (bits)", "BLEU", "chrF2++"]
@@ -114,5 +114,6 @@ def price_table(report: dict[str, Any]) -> str:
     return f"## Price of inference\n\n{table}\n\nThe models are in calibrated/, for every command without flags.\n"
 
 
-def _cell(value: float | None) -> str:
+def three_digits(value: float | None) -> str:
+    """Three decimals; nothing for None."""
     return "" if value is None else f"{value:.3f}"

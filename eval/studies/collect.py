@@ -10,71 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from eval import compare
+from eval.studies.kinds import COSTS, TRANSLATION
 from eval.studies.plan import Cell, Study
 from eval.studies.statistics import holm, paired_test, spread
 from eval.text import files
 
-# name -> (what it is, whether more is better)
-MEASURES = {
-    "dev_loss": ("validation loss, bits", False),
-    "bleu": ("BLEU", True),
-    "chrf++": ("chrF2++", True),
-}
-COSTS = {
-    "moe_flops_inference": "MoE FLOPs / dense, inference",
-    "moe_flops_training": "MoE FLOPs / dense, training",
-    "mflops_inference": "MFLOPs a token, inference",
-    "mflops_training": "MFLOPs a token, training",
-}
-
-
-def cell_figures(report: dict[str, Any]) -> dict[str, Any]:
-    """One cell, from its scores.json.
-
-    Raises: ValueError for a report that lacks something: written by another version of run_pair.sh.
-    """
-    try:
-        routing, per_token = report["routing"], report["flops_per_token"]
-        relative = {
-            "inference": routing["valid"]["overall"].get("flops", 1.0),
-            "training": routing["train"]["overall"].get("flops", 1.0),
-        }
-        forward = {name: per_token["shared"] + per_token["moe_as_dense"] * share for name, share in relative.items()}
-        figures = {
-            "dev_loss": report["training"]["best_valid_nll_loss"],
-            **{metric: report["scores"][metric]["score"] for metric in ("bleu", "chrf++")},
-            **{f"moe_flops_{name}": share for name, share in relative.items()},
-            "mflops_inference": forward["inference"] / 1e6,
-            "mflops_training": 3 * forward["training"] / 1e6,  # the backward pass costs two forward passes
-        }
-        prices = {goal: _price(part, per_token) for goal, part in report["calibrated"].items()}
-        return {
-            **figures,
-            "experts_inference": routing["valid"]["overall"].get("used"),
-            "parameters": report["num_parameters"],
-            "updates": report["training"]["updates"],
-            "prices": prices,
-            "signatures": {metric: report["scores"][metric]["signature"] for metric in ("bleu", "chrf++")},
-            "translations_sha256": report["hypotheses"]["sha256"],
-            "commit": report["commit"],
-            "versions": report["versions"],
-        }
-    except KeyError as error:
-        raise ValueError(f"scores.json has no {error}; it is of another version, run the cell again") from None
-
-
-def _price(part: dict[str, Any], per_token: dict[str, float]) -> dict[str, Any]:
-    after = part["after"]
-    return {
-        "moe_threshold": after["moe_threshold"],
-        "moe_max_experts": after["moe_max_experts"],
-        "dev_loss_before": part["before"]["loss_bits"],
-        "dev_loss": after["loss_bits"],
-        "moe_flops": after["flops"],
-        "mflops": (per_token["shared"] + per_token["moe_as_dense"] * after["flops"]) / 1e6,
-        "experts": after["experts"],
-        **{metric: part["scores"][metric]["score"] for metric in ("bleu", "chrf++")},
-    }
+RISE = 0.01  # of the perplexity; how far thresholds may be lowered for it is told
 
 
 def collect(study: Study, out: Path) -> dict[str, Any]:
@@ -87,13 +28,16 @@ def collect(study: Study, out: Path) -> dict[str, Any]:
             missing.append(cell.name)
             continue
         try:
-            figures = cell_figures(files.read_json(path))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            figures = study.kind.figures(files.read_json(path))
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: scores.json has no {error}; it is of another version, run the cell again"
+            ) from None
         reports.setdefault(cell.pair.name, {}).setdefault(cell.method.name, {})[cell.seed] = figures
     if not reports:
         raise ValueError(f"no cell of the study is finished in {out}, so there is nothing to tell")
-    return summarise(study, reports, missing) | {"within_seeds": within_seeds(study, out, reports)}
+    within = within_seeds(study, out, reports) if study.kind is TRANSLATION else {}
+    return summarise(study, reports, missing) | {"within_seeds": within}
 
 
 def summarise(study: Study, reports: dict[str, Any], missing: list[str]) -> dict[str, Any]:
@@ -105,13 +49,14 @@ def summarise(study: Study, reports: dict[str, Any], missing: list[str]) -> dict
                 "title": method.title,
                 "paper": method.paper,
                 "seeds": {str(seed): figures for seed, figures in found.items()},
-                "over_seeds": _over_seeds(list(found.values())),
+                "over_seeds": _over_seeds(study, list(found.values())),
             }
             for method in study.methods
             if (found := reports.get(pair.name, {}).get(method.name))
         }
         pairs[pair.name] = {"test_set": pair.test_set, "methods": methods}
     return {
+        **({} if study.kind is TRANSLATION else {"kind": study.kind.name}),
         "title": study.title,
         "baseline": study.baseline,
         "missing": missing,
@@ -121,17 +66,37 @@ def summarise(study: Study, reports: dict[str, Any], missing: list[str]) -> dict
     }
 
 
-def _over_seeds(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    found = {name: spread([cell[name] for cell in cells]) for name in (*MEASURES, *COSTS)}
+def _over_seeds(study: Study, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = study.kind.columns
+    found: dict[str, Any] = {name: spread([cell[name] for cell in cells]) for name in (*columns, *COSTS)}
     goals = {goal for cell in cells for goal in cell["prices"] if all(goal in other["prices"] for other in cells)}
     found["prices"] = {
         goal: {
-            name: spread([cell["prices"][goal][name] for cell in cells])
-            for name in ("dev_loss", "bleu", "chrf++", "moe_flops", "mflops")
+            name: spread([cell["prices"][goal][name] for cell in cells]) for name in (*columns, "moe_flops", "mflops")
         }
         for goal in sorted(goals)
     }
+    if any(cell.get("sweep") for cell in cells):
+        found["sweep"] = _swept([cell["sweep"] for cell in cells])
     return found
+
+
+def _swept(sweeps: list[list[dict[str, float]]]) -> dict[str, Any]:
+    """Means over seeds at each threshold, and the cheapest threshold that costs little.
+
+    Returns: ``points``; ``cheapest``, the point of the lowest FLOPs whose validation perplexity is at most RISE above
+        that at ``reference``, the highest threshold.
+    """
+    points = [
+        {"threshold": group[0]["threshold"]}
+        | {name: spread([point[name] for point in group]) for name in group[0] if name != "threshold"}
+        for group in zip(*sweeps, strict=True)
+    ]
+    reference = max(points, key=lambda point: point["threshold"])
+    most = reference["dev_perplexity"]["mean"] * (1 + RISE)
+    allowed = [point for point in points if point["dev_perplexity"]["mean"] <= most]
+    cheapest = min(allowed, key=lambda point: point["moe_flops"]["mean"])
+    return {"points": points, "reference": reference["threshold"], "cheapest": cheapest["threshold"]}
 
 
 def differences(reports: dict[str, Any], pair: str, one: str, other: str, measure: str) -> list[float]:
@@ -145,7 +110,7 @@ def over_seeds(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
     names = [pair.name for pair in study.pairs]
     scopes = {name: [name] for name in names} | ({"all pairs": names} if len(names) > 1 else {})
     result: dict[str, Any] = {}
-    for measure in MEASURES:
+    for measure in study.kind.measures:
         for scope, members in scopes.items():
             tests = {}
             for method in study.methods:
@@ -161,7 +126,7 @@ def over_seeds(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
 def order(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
     """Measure -> pair -> methods from best to worst, each with the test against the next one."""
     result: dict[str, Any] = {}
-    for measure, (_, more_is_better) in MEASURES.items():
+    for measure, (_, more_is_better) in study.kind.measures.items():
         for pair, methods in reports.items():
             means = {
                 name: spread([figures[measure] for figures in seeds.values()])["mean"]
@@ -207,10 +172,5 @@ def speeds(study: Study, out: Path) -> dict[str, Any]:
     for cell in study.cells():
         path = out / "cells" / cell.name / "scores.json"
         if path.is_file():
-            report = files.read_json(path)
-            found[cell.name] = {
-                "training_words_per_second": report["training"]["words_per_second"],
-                "training_seconds": report["training"]["seconds"],
-                "translated_tokens_per_second": report["generation"]["tokens_per_second"],
-            }
+            found[cell.name] = study.kind.speeds(files.read_json(path))
     return found

@@ -13,12 +13,12 @@ from eval.page.chart import COLOURS, MARKERS, Figure
 from eval.page.render import render as render_report
 from eval.run.record import Run
 from eval.studies import text
-from eval.studies.collect import MEASURES
+from eval.studies.kinds import kind_of
 
 
 def seed_points(study: dict[str, Any], pair: str, measure: str) -> Figure:
     """Every seed of every method as a point."""
-    title, more = MEASURES[measure]
+    title, more = kind_of(study).measures[measure]
     traces = []
     for number, method in enumerate(study["pairs"][pair]["methods"].values()):
         values = [cell[measure] for cell in method["seeds"].values()]
@@ -30,7 +30,7 @@ def seed_points(study: dict[str, Any], pair: str, measure: str) -> Figure:
 
 def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Figure:
     """All methods in one chart, as trained and at each price."""
-    title, more = MEASURES[measure]
+    title, more = kind_of(study).measures[measure]
     traces = []
     for number, method in enumerate(study["pairs"][pair]["methods"].values()):
         x, y, names = [], [], []
@@ -44,7 +44,7 @@ def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Fig
                 names.append(f"seed {seed}, {goal}")
         traces.append(_points(method["title"], x, y, number, names))
     caption = (
-        f"Counted FLOPs of matrix products for one source and one target token, attention scores left out. "
+        f"Counted FLOPs of matrix products for {kind_of(study).token}, attention scores left out. "
         f"{'More' if more else 'Less'} is better; hover for the seed and the price."
     )
     key = f"price-{measure.strip('+')}-{pair}"
@@ -65,11 +65,28 @@ def wall_time(study: dict[str, Any], speeds: dict[str, Any], pair: str) -> Figur
         if x:
             traces.append(_points(method["title"], x, y, number, seeds))
     caption = (
-        "Whole training, words of the target side. Cells that ran at the same time shared the machine, so small "
+        f"Whole training, {kind_of(study).words}. Cells that ran at the same time shared the machine, so small "
         "differences say nothing; a single layer on a quiet machine is timed by xmoe bench."
     )
     title = f"{pair}: wall time of training against FLOPs (Fig 8 of the paper)"
     return _figure(f"wall-time-{pair}", title, caption, traces, "MoE FLOPs / dense, training", "microseconds a word")
+
+
+def sweep_figure(study: dict[str, Any], pair: str) -> Figure:
+    """Test perplexity against MoE FLOPs as the threshold falls, a line a method and seed (the paper's Table 2)."""
+    traces = []
+    for number, method in enumerate(study["pairs"][pair]["methods"].values()):
+        for seed, cell in method["seeds"].items():
+            if points := cell.get("sweep"):
+                x, y = [point["moe_flops"] for point in points], [point["perplexity"] for point in points]
+                name = method["title"] if len(method["seeds"]) == 1 else f"{method['title']}, seed {seed}"
+                labels = [f"t = {point['threshold']:g}" for point in points]
+                traces.append(_points(name, x, y, number, labels) | {"mode": "lines+markers"})
+    caption = "The same checkpoint with other thresholds t; hover for them. FLOPs are counted on the validation set."
+    return _figure(
+        f"sweep-{pair}", f"{pair}: test perplexity as the threshold falls (Table 2 of the paper)", caption, traces,
+        "MoE FLOPs / dense FLOPs", "test perplexity",
+    )  # fmt: skip
 
 
 def _points(name: str, x: list[Any], y: list[float], number: int, labels: list[str]) -> dict[str, Any]:
@@ -93,8 +110,10 @@ def figures(study: dict[str, Any], speeds: dict[str, Any]) -> list[Figure]:
     found = []
     for pair, content in study["pairs"].items():
         if content["methods"]:
-            found += [seed_points(study, pair, measure) for measure in MEASURES]
-            found += [quality_against_flops(study, pair, measure) for measure in ("dev_loss", "bleu")]
+            measures = list(kind_of(study).measures)
+            found += [seed_points(study, pair, measure) for measure in measures]
+            found += [quality_against_flops(study, pair, measure) for measure in measures[:2]]
+            found += [figure for figure in (sweep_figure(study, pair),) if figure.traces]
             found.append(wall_time(study, speeds, pair))
     return found
 
@@ -105,17 +124,23 @@ def tables(study: dict[str, Any], speeds: dict[str, Any]) -> list[dict[str, Any]
     for pair, content in study["pairs"].items():
         if content["methods"]:
             headers, rows = text.pair_table(study, pair, speeds)
-            note = f"Test set: {content['test_set']}. Mean ± standard deviation over seeds."
-            found.append({"title": pair, "note": note, "headers": headers, "rows": rows})
-    for measure, (title, _) in MEASURES.items():
+            found.append({"title": pair, "note": text.pair_note(study, pair), "headers": headers, "rows": rows})
+            headers, rows = text.sweep_table(study, pair)
+            note = ". ".join([text.SWEEP.rstrip("."), *text.sweep_lines(study, pair)]) + "."
+            found.append({"title": f"{pair}: thresholds", "note": note, "headers": headers, "rows": rows})
+    for measure, (title, _) in kind_of(study).measures.items():
         headers, rows = text.tests_table(study, measure)
-        note = f"Against {study['baseline']}. {text.TEST_OVER_SEEDS}"
+        note = text.tests_note(study)
         found.append({"title": f"Differences over seeds: {title}", "note": note, "headers": headers, "rows": rows})
     headers, rows = text.within_table(study)
     note = f"Against {study['baseline']}. {text.TEST_WITHIN}"
     found.append({"title": "Differences within seeds", "note": note, "headers": headers, "rows": rows})
-    lines = [[title, line] for measure, (title, _) in MEASURES.items() for line in text.order_lines(study, measure)]
-    note = "From best to worst; p of the paired t-test between neighbours."
+    lines = [
+        [title, line]
+        for measure, (title, _) in kind_of(study).measures.items()
+        for line in text.order_lines(study, measure)
+    ]
+    note = text.order_note(study)
     found.append({"title": "Order of methods", "note": note, "headers": ["measure", "order"], "rows": lines})
     return [table for table in found if table["rows"]]
 

@@ -159,3 +159,13 @@ def test_encode_cuts_longer_lines_and_counts_them(text, folder, tmp_path, capsys
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == {"lines": 2, "longest": most + 1, "max_length": most, "cut": 1}
     assert "1 of 2 lines cut" in capsys.readouterr().err
+
+
+def test_subwords_of_one_language(text, tmp_path):
+    out = tmp_path / "subwords"
+    assert subwords.main(["learn", "--inputs", str(text / "train.en"), "--out", str(out), "--vocab-size", "300"]) == 0
+    coder = subwords.Coder(out, "en")
+    assert coder.decode(coder.encode(["the first of May"])) == ["the first of May"]
+    assert len(Dictionary.load(str(out / "dict.txt"))) == 300 - 3 + 4  # sentencepiece's own three, fairseq's four
+    with pytest.raises(DataError, match="--language uk: these subwords want en"):
+        subwords.Coder(out, "uk")

@@ -155,3 +155,19 @@ def test_held_out_pairs_in_the_training_text_are_counted(tmp_path, capsys):
     ]
     assert module.main([*arguments, prefixes["same"]]) == 1
     assert "error: 2 of 3 pairs" in capsys.readouterr().err
+
+
+def test_text_of_one_language_is_checked_measured_and_compared(tmp_path, capsys):
+    for name, content in {"train": "a cat\nthe dog\n", "test": "the dog\n п\nnew\n"}.items():
+        (tmp_path / f"{name}.en").write_text(content, encoding="utf-8")
+    train, test, out = (str(tmp_path / name) for name in ("train", "test", "text.json"))
+    assert module.main(["--language", "en", train, "--held-out", test, "--json", out]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [f"{train}.en: 2 valid lines", f"{test}.en: 3 valid lines"]
+    assert f"warning: 1 of 3 lines of {test} are in the training text" in captured.err
+    content = json.loads((tmp_path / "text.json").read_text())
+    assert content["texts"][1] == {"text": test, "lines": 3, "words": 4, "bytes": 16}
+    assert content["held_out"] == [{"text": test, "lines": 3, "pairs": 1, "sources": 1}]
+    (tmp_path / "train.en").write_bytes(b"a\n\n\xff\n")
+    assert module.main(["--language", "en", train]) == 1
+    assert "train.en:2: empty line" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from scipy import stats
 
 from eval.studies import collect, page, text
-from eval.studies.plan import load_study
+from eval.studies.reading import load_study
 from eval.studies.running import SAVED, Job, Runner, duration
 from eval.studies.statistics import holm, paired_test, spread
 
@@ -190,3 +191,101 @@ def test_a_failed_job_does_not_stop_the_others_and_a_stop_starts_no_more(tmp_pat
     ended = runner.run()
     assert [(one.name, one.code) for one in ended] == [("first", SAVED)]
     assert [duration(s) for s in (45, 600, 12000)] == ["45 s", "10 min", "3 h 20 min"]
+
+
+LM_STUDY = """
+pairs:
+  en: {train: t, valid: v, test: TEST}
+methods:
+  dense: {config: dense.yaml, paper: dense, sweep: []}
+  xmoe: {config: xmoe.yaml, paper: xmoe_64x384}
+seeds: [1]
+sweep: [0.5, 0.75, 1.0]
+run: {vocab-size: 40, average: "last:2"}
+"""
+
+
+@pytest.fixture
+def lm_study(study_file: Path) -> Path:
+    study_file.write_text(LM_STUDY)
+    return study_file
+
+
+def test_a_study_of_language_models_is_runs_of_run_lm(lm_study):
+    study = load_study(lm_study)
+    data = " ".join(study.data_command(study.pairs[0], Path("/out")))
+    assert "run_lm.sh --language en --out /out/data/en --train" in data
+    assert data.endswith("--vocab-size 40 --data-only")
+    dense, xmoe = (" ".join(study.cell_command(cell, Path("/out"))) for cell in study.cells())
+    assert "--data-bin /out/data/en/data-bin --test-set TEST --config" in xmoe
+    assert "--sweep 0.5 --sweep 0.75 --sweep 1 --calibrate loss:0.01" in xmoe
+    assert "--sweep" not in dense
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("pairs:", "pairs:\n  de-en: {train: t, valid: v, test: w}", "a study is of one kind"),
+        ("  en:", "  english:", "english must be two languages such as de-en, or one such as en"),
+        ("average:", "beam:", "run: beam is not one of subwords, vocab-size, workers, average, max-tokens"),
+        ("0.75, 1.0]", "0.75, 2]", r"sweep must be a list of different thresholds in \[0, 1\]"),
+        ("  en:", "  de-en:", "sweep: thresholds are swept for language models"),
+    ],
+)
+def test_refusals_of_language_models(lm_study, old, new, message):
+    lm_study.write_text(lm_study.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=message):
+        load_study(lm_study)
+
+
+def write_lm_cell(folder: Path, perplexity: float, sweep: list[tuple[float, float, float]]) -> None:
+    """``sweep``: threshold, FLOPs, perplexity on both sets."""
+    points = [
+        {"threshold": t, "flops": flops, "experts": 8 * flops, "perplexity": p, "loss_bits": math.log2(p)}
+        for t, flops, p in sweep
+    ]
+    part = {
+        "loss_bits": math.log2(perplexity), "perplexity": perplexity, "word_perplexity": 9 * perplexity,
+        "bits_per_byte": 1.5, "flops": 2.0 if sweep else None, "experts": 4.0 if sweep else None, "sweep": points,
+    }  # fmt: skip
+    report = {
+        "evaluation": {"valid": part, "test": part},
+        "training": {"updates": 20, "words_per_second": 100.0, "seconds": 9.0},
+        "routing": {"train": {"overall": {"flops": 1.5} if sweep else {}, "layers": {}}},
+        "flops_per_token": {"shared": 1e6, "moe_as_dense": 2e6 if sweep else 0.0},
+        "calibrated": {},
+        "num_parameters": 7,
+        "commit": "c",
+        "versions": {},
+        "config": {},
+    }
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps(report))
+
+
+def test_cells_of_language_models_add_up(lm_study, tmp_path):
+    study, out = load_study(lm_study), tmp_path / "out"
+    write_lm_cell(out / "cells/en/dense/seed-1", 20.0, [])
+    # 1 % above the perplexity at t = 1 is 19.19: 0.75 is the cheapest that keeps to it, though 0.5 is cheaper
+    sweep = [(0.5, 0.25, 19.3), (0.75, 0.5, 19.1), (1.0, 1.0, 19.0)]
+    write_lm_cell(out / "cells/en/xmoe/seed-1", 18.5, sweep)
+    content, speeds = collect.collect(study, out), collect.speeds(study, out)
+    assert (content["kind"], content["within_seeds"]) == ("language model", {})
+    found = content["pairs"]["en"]["methods"]["xmoe"]["over_seeds"]
+    assert found["sweep"]["cheapest"] == 0.75
+    assert found["sweep"]["points"][1]["mflops"]["mean"] == pytest.approx(1 + 2 * 0.5)
+    assert found["mflops_inference"]["mean"] == pytest.approx(1 + 2 * 2.0)
+    assert found["mflops_training"]["mean"] == pytest.approx(3 * (1 + 2 * 1.5))
+    assert content["over_seeds"]["perplexity"]["en"]["xmoe"]["mean"] == pytest.approx(-1.5)
+    assert [row["method"] for row in content["order"]["perplexity"]["en"]] == ["xmoe", "dense"]
+    shown = text.markdown(content, speeds)
+    assert "There is one seed of each method, so no test over seeds" in shown
+    assert "| p (Holm)" not in shown
+    assert "xmoe (18.50) → dense (20.00)" in shown
+    assert (
+        "down to t = 0.75, where MoE FLOPs / dense are 0.500 instead of 1.000 and the test perplexity differs" in shown
+    )
+    assert "19.46/19.97" in shown  # the paper's cell
+    html = page.render(content, speeds, [])
+    assert "test perplexity as the threshold falls" in html
+    assert "Differences within seeds" not in html

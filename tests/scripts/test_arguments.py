@@ -109,3 +109,43 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
         assert part in result.stdout
     assert subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=False).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def run_lm_arguments(folder: Path, **changed: str) -> list[str]:
+    values = {"language": "en", "train": "raw/train", "valid": "raw/valid", "test": "raw/test", "out": f"{folder}/out"}
+    values |= {name.replace("_", "-"): value for name, value in changed.items()}
+    return [text for name, value in values.items() for text in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"language": "en-de"}, "--language wants a language code such as en, got 'en-de'"),
+        ({"sweep": "1.5"}, "--sweep wants a threshold in [0, 1] such as 0.7, got '1.5'"),
+        ({"data_bin": "bin"}, "--data-bin brings all text; leave out --train, --valid and --test"),
+        ({"calibrate": "cheap"}, "--calibrate wants loss:BITS or budget:X"),
+    ],
+)
+def test_run_lm_refuses_bad_arguments(tmp_path, changed, message):
+    result = run_script("run_lm.sh", *run_lm_arguments(tmp_path, **changed))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_lm_prints_every_command(tmp_path):
+    result = run_script("run_lm.sh", *run_lm_arguments(tmp_path, device="cpu", sweep="0.5"), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    for part in (
+        "python -m data_prep.validate --language en",
+        "fairseq-preprocess --only-source",
+        "fairseq-hydra-train ",
+        "python -m eval.perplexity ",
+        "--thresholds 0.5 --skip-others",
+        "--check-subset test",
+        "python -m eval.lm_report",
+    ):
+        assert part in result.stdout
+    assert "source_lang" not in result.stdout
+    assert subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=False).returncode == 0
+    assert list(tmp_path.iterdir()) == []
