@@ -91,6 +91,13 @@ def summarise(seconds: Mapping[str, list[float]], beside: str) -> dict[str, dict
     return rows
 
 
+def compare(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Time the candidates in turns. Returns: their medians, and ratios to the candidate ``dense``."""
+    return summarise(interleaved(candidates, repeats, device), beside="dense")
+
+
 def kept_bytes(forward: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> int:
     """Bytes that autograd keeps between forward and backward, each storage once; parameters are not counted."""
     owned = {parameter.untyped_storage().data_ptr() for parameter in parameters}

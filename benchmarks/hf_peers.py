@@ -38,16 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    add_timing_flags,
-    interleaved,
-    kept_bytes,
-    peak_bytes,
-    settle_memory,
-    summarise,
-    table,
-    write_result,
-)
+from benchmarks.common import add_timing_flags, compare, kept_bytes, peak_bytes, settle_memory, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, output_of, train_step
 from benchmarks.peers import DenseFFN
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
@@ -198,7 +189,7 @@ def measure(setting: Setting, tokens: int, options: argparse.Namespace) -> list[
             leaf = x_TD.detach().requires_grad_()
             kept = kept_bytes(lambda m=module, x=leaf: output_of(m, x), list(module.parameters()))
             memory[name] = {"kept_MB": kept / 1e6, "peak_MB": peak_bytes(runs[name], options.device) / 1e6}
-        summary = summarise(interleaved(runs, options.repeats, options.device), beside="dense")
+        summary = compare(runs, options.repeats, options.device)
         head = {"case": setting.name, "tokens": tokens, "mode": mode, "dtype": options.dtype}
         for name, row in summary.items():
             counted = {"flops": flops[name] / flops["dense"]}

@@ -18,16 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    add_timing_flags,
-    interleaved,
-    kept_bytes,
-    peak_bytes,
-    settle_memory,
-    summarise,
-    table,
-    write_result,
-)
+from benchmarks.common import add_timing_flags, compare, kept_bytes, peak_bytes, settle_memory, table, write_result
 from benchmarks.peers import DenseFFN, ExpertGemms, LoopOverExperts, PlainBatched, fairscale_moe
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.moe import MoEConfig, MoELayer
@@ -124,7 +115,7 @@ def measure(case: Case, tokens: int, mode: str, options: argparse.Namespace) -> 
             leaf = rows.detach().requires_grad_()
             kept = kept_bytes(lambda m=module, x=leaf: output_of(m, x), list(module.parameters()))
             memory[name] = {"kept_MB": kept / 1e6, "peak_MB": peak_bytes(runs[name], options.device) / 1e6}
-    summary = summarise(interleaved(runs, options.repeats, options.device), beside="dense")
+    summary = compare(runs, options.repeats, options.device)
     head = {"case": case.name, "tokens": tokens, "mode": mode, "dtype": options.dtype}
     return [{**head, "method": name, **row, **memory.get(name, {})} for name, row in summary.items()]
 
@@ -149,7 +140,7 @@ def measure_decoding(tokens: int, options: argparse.Namespace) -> list[dict]:
             modules[name].load_state_dict(modules["ours"].state_dict())
         plan = modules["ours"].eval()(x_TD)[1]
     runs = {name: inference(module, x_TD) for name, module in modules.items()}
-    summary = summarise(interleaved(runs, options.repeats * 5, options.device), beside="dense")
+    summary = compare(runs, options.repeats * 5, options.device)
     head = {"case": case.name, "tokens": tokens, "mode": "decode", "dtype": options.dtype}
     active = int((plan.count_E > 0).sum())
     read = {"active_experts": active, "experts_per_token": plan.count_E.sum().item() / tokens}

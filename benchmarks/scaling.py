@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_timing_flags, interleaved, peak_bytes, settle_memory, summarise, table, write_result
+from benchmarks.common import add_timing_flags, compare, peak_bytes, settle_memory, table, write_result
 from benchmarks.layer import DENSE, WIDTH, inference, train_step
 from benchmarks.peers import DenseFFN, ExpertGemms
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
@@ -71,7 +71,7 @@ def sweep_gemms(layers: dict[str, MoELayer], x_TD: torch.Tensor, options: argpar
         count = config.capacity(x_TD.size(0), training=False)
         gemms = ExpertGemms(WIDTH, config.num_experts, config.expert_dim, count).to(x_TD)
         runs[name] = inference(gemms, x_TD.new_ones(config.num_experts * count, WIDTH))
-    summary = summarise(interleaved(runs, options.repeats, options.device), "dense")
+    summary = compare(runs, options.repeats, options.device)
     return [{"sweep": "experts, GEMMs alone", "case": name, **row} for name, row in summary.items()]
 
 
@@ -99,7 +99,7 @@ def sweep_layers(
         for name, module in modules.items()
     }
     peaks = {name: peak_bytes(run, options.device) / 1e6 for name, run in runs.items()}
-    summary = summarise(interleaved(runs, options.repeats, options.device), "dense")
+    summary = compare(runs, options.repeats, options.device)
     return [
         {
             "sweep": sweep,

@@ -21,7 +21,7 @@ from . import cli
 from .command_line import CommandParser, command_parser, parser_of, reports_errors
 
 SHELLS = ("bash", "zsh")
-_WITHOUT_FLAGS = "xmoe_fairseq.moe.native.build"  # the layer uses nothing of the package around it, nor its parser
+WITHOUT_FLAGS = "xmoe_fairseq.moe.native.build"  # the layer uses nothing of the package around it, nor its parser
 _FOLDERS = ("DIR",)
 _FILES = ("FILE", "PATH", "PREFIX", "YAML", "JSON", "TSV", "MANIFEST")
 
@@ -54,7 +54,7 @@ def _flags_of(command: cli.Command) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     if command.target.endswith(".sh"):
         parser = _parser_of_script(command)
-    elif command.target != _WITHOUT_FLAGS and _is_usable(command):
+    elif command.target != WITHOUT_FLAGS and _is_usable(command):
         parser = parser_of(importlib.import_module(command.target).main)
     _complete_paths(parser)
     return parser
