@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import score
 from eval.text import files
+from eval.text.scoring import score_corpus
 from xmoe_fairseq.command_line import command_parser, reports_errors
 
 TOLERANCE = 1e-6
@@ -39,7 +39,7 @@ def check_oracle(folder: Path, references: Path) -> list[tuple[str, dict[str, fl
         # one published system starts with a byte order mark and was scored with it
         hypotheses = files.read_lines(folder / f"{pair}.{row['system']}.{target}", strict=False)
         reference = files.read_lines(references / f"wmt22.{pair}.{target}")
-        scores = score.score_corpus(hypotheses, [reference], target_language=target, names=_METRICS)
+        scores = score_corpus(hypotheses, [reference], target_language=target, names=_METRICS)
         found = {name: abs(scores[name].score - float(row[f"{name}_published"])) for name in _METRICS}
         differences.append((f"{pair} {row['system']}", found))
     return differences

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from eval import compare
 from eval.routing.corpus import binarised
 from eval.routing.forward_passes import evaluate
-from eval.text import files
+from eval.text import files, significance
 from eval.text.loading import load
 from eval.text.translator import Translator, TranslatorConfig
 from xmoe_fairseq.checkpoints.inspect import inspect_checkpoint
@@ -74,10 +73,10 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
     tests = {
-        method: compare.compare_systems(
+        method: significance.compare_systems(
             systems, references, method=method, target_language=args.target_lang, seed=args.seed
         )
-        for method in compare.METHODS
+        for method in significance.METHODS
     }
     settings = {"beam": args.beam, "gen_subset": args.gen_subset, "source": args.source, "lines": len(lines)}
     return {"models": models, "tests": tests, "settings": settings}
@@ -90,7 +89,7 @@ def format_report(found: dict[str, Any]) -> str:
         size = f"{model['bytes'] / 1e6:.1f}" + (" with optimiser" if model["optimizer_state"] else "")
         shares = f"{model['loss_bits']:.4f} | {model['same_translations']:.1%}"
         lines.append(f"| {model['checkpoint']} | {model['weights']} | {size} | {shares} |")
-    return "\n\n".join(["\n".join(lines), *(compare.format_table(test) for test in found["tests"].values())])
+    return "\n\n".join(["\n".join(lines), *(significance.format_table(test) for test in found["tests"].values())])
 
 
 def _parser() -> CommandParser:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import score
 from eval.routing.corpus import Corpus, from_lines
 from eval.routing.forward_passes import add_plans, short_label, summed_figures
 from eval.text.loading import Loaded
+from eval.text.scoring import score_corpus
 from eval.text.search import BeamSearch, Hypothesis
 from eval.text.subwords import load_subwords
 from xmoe_fairseq.moe import RoutingPlan, record_plans
@@ -50,7 +50,7 @@ def scores(translations: dict[int, Hypothesis], references: dict[int, str], lang
     hypotheses = [translations[i].text for i in order]
     if not any(line.strip() for line in hypotheses):
         return {"bleu": 0.0, "chrf++": 0.0}
-    result = score.score_corpus(
+    result = score_corpus(
         hypotheses, [[references[i] for i in order]], target_language=language, names=("bleu", "chrf++")
     )
     return {name: metric.score for name, metric in result.items()}

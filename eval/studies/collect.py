@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eval import compare
 from eval.studies.kinds import COSTS, TRANSLATION
 from eval.studies.plan import Cell, Study
 from eval.studies.statistics import holm, paired_test, spread
 from eval.text import files
+from eval.text.significance import compare_systems
 
 RISE = 0.01  # of the perplexity; how far thresholds may be lowered for it is told
 
@@ -154,7 +154,7 @@ def within_seeds(study: Study, out: Path, reports: dict[str, Any]) -> dict[str, 
                 continue
             systems = [(name, _hypotheses(out, cells[f"{pair.name}/{name}/seed-{seed}"])) for name in names]
             references = [files.read_lines(f"{pair.test}.{pair.target}")]
-            tested = compare.compare_systems(systems, references, method="bootstrap", target_language=pair.target)
+            tested = compare_systems(systems, references, method="bootstrap", target_language=pair.target)
             result.setdefault(pair.name, {})[str(seed)] = {
                 system["name"]: {metric: score["p_value"] for metric, score in system["scores"].items()}
                 for system in tested["systems"][1:]

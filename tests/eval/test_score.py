@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from eval import check_oracle, score
-from eval.text import metrics
+from eval.text import metrics, scoring
 
 HYPOTHESES = [
     "The parliament met on Monday to discuss the new budget.",
@@ -100,12 +100,12 @@ def test_the_seed_decides_the_interval_and_leaves_the_environment_alone(tmp_path
 
 @pytest.mark.parametrize(("language", "tokenizer"), [("zh", "zh"), ("zho_Hans", "zh"), ("uk", "13a"), ("en", "13a")])
 def test_bleu_takes_the_tokenizer_of_the_language(language, tokenizer):
-    scores = score.score_corpus(["他来了。"], [["他来了。"]], target_language=language, names=["bleu"])
+    scores = scoring.score_corpus(["他来了。"], [["他来了。"]], target_language=language, names=["bleu"])
     assert f"|tok:{tokenizer}|" in scores["bleu"].signature
 
 
 def test_ter_counts_characters_of_chinese():
-    scores = score.score_corpus(["他来了"], [["她来了"]], target_language="zh", names=["ter"])
+    scores = scoring.score_corpus(["他来了"], [["她来了"]], target_language="zh", names=["ter"])
     assert scores["ter"].score == pytest.approx(100 / 3)
 
 
@@ -142,7 +142,7 @@ def test_bad_input_stops_before_anything_is_overwritten(tmp_path, capsys, hypoth
 
 def test_resamples_without_any_match_have_an_interval_too():
     """The first checkpoints of a training repeat one character; sacreBLEU alone stops here with a TypeError."""
-    found = score.score_corpus(
+    found = scoring.score_corpus(
         ["yes it is so", ")))))", "))))"], [["yes it is so", "no", "not"]], target_language="en", bootstrap=50, seed=1
     )
     assert 0 < found["chrf++"].mean < 100
