@@ -1,4 +1,4 @@
-"""Sentences per second, memory and file size of ``fairseq-generate`` for several checkpoints, in turns.
+"""Measure sentences per second, memory and file size of ``fairseq-generate`` for several checkpoints, in turns.
 
     xmoe bench generate --data DATA_BIN dense=DIR/checkpoints/averaged.pt xmoe=DIR/checkpoints/averaged.pt
     xmoe bench generate --random DIR --batch-sizes 1 64 --beams 1 5 [--ctranslate2]

@@ -138,8 +138,17 @@ def compile_all(jobs: list[tuple[Unit, int]], processes: int) -> list[dict[str, 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = named_settings()
     parser = command_parser("bench gpu-compile", __doc__)
-    parser.add_argument("--settings", nargs="+", default=list(settings), choices=list(settings), metavar="NAME")
-    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90], choices=list(SHARED_LIMIT))
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=list(settings),
+        choices=list(settings),
+        metavar="NAME",
+        help="shape classes (default: all)",
+    )
+    parser.add_argument(
+        "--arch", nargs="+", type=int, default=[80, 90], choices=list(SHARED_LIMIT), help="default: both"
+    )
     parser.flag("--workers", type=at_least(1), default=os.cpu_count() or 1, help="processes that compile")
     parser.flag("--out", old="--json", help="also write the table, as JSON")
     options: argparse.Namespace = parser.parse_args(argv)

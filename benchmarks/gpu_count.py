@@ -1,4 +1,4 @@
-"""What one layer costs on a GPU on paper: launches, host waits, bytes, FLOPs and time, counted without a GPU.
+"""Count launches, host waits, bytes, FLOPs and paper time of one layer on a GPU, without a GPU.
 
     xmoe bench gpu-count [--out FILE]
 
@@ -270,7 +270,8 @@ def output_of_result(result: Any) -> Tensor:
 @reports_errors("gpu_count")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("bench gpu-count", __doc__)
-    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
+    cases = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, help="default: all")
     parser.flag("--out", old="--json", help="also write all counts, call by call, as JSON")
     options: argparse.Namespace = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "1"  # lets kernels.chosen take CPU tensors; no kernel is run

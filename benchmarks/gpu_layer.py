@@ -1,4 +1,4 @@
-"""Time of one MoE layer on a GPU, eager and replayed from a CUDA graph, beside a dense FFN and other implementations.
+"""Time one MoE layer on a GPU, eager and replayed from a CUDA graph, beside a dense FFN and other implementations.
 
     xmoe bench gpu-layer [--modes train infer decode] [--tokens 8192 16384] [--dtype bfloat16]
 
@@ -250,10 +250,13 @@ def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser("bench gpu-layer", __doc__)
     modes = ["train", "infer", "decode"]
-    parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
+    parser.add_argument("--modes", nargs="+", default=modes, choices=modes, help="default: all")
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 8192 16384; decode: 5 20 80 320 640")
-    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES], choices=[c.name for c in CASES])
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    cases = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases, help="default: all")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="default bfloat16"
+    )
     parser.add_argument("--tf32", action="store_true", help="let float32 products of all methods use TF32")
     add_out_flag(parser)
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Time, memory and FLOPs of one MoE layer beside a dense FFN of equal FLOPs, and beside other ways to compute it.
+"""Measure time, memory and FLOPs of one MoE layer, beside a dense FFN of equal FLOPs and other ways to compute it.
 
     xmoe bench layer [--tokens 1024 4096] [--dtype float32] [--device cpu] [--repeats 7] [--peers]
 

@@ -1,4 +1,4 @@
-"""Wall time of a MoE layer against its FLOPs and its granularity (the paper's Fig 8, redrawn), on one machine.
+"""Measure wall time of an MoE layer against its FLOPs and its granularity (the paper's Fig 8, redrawn).
 
     xmoe bench scaling [--sweeps flops experts granularity fine] [--tokens 4096] [--repeats 5]
 

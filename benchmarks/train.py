@@ -1,4 +1,4 @@
-"""Words per second of ``fairseq-train`` for several architectures, in turns.
+"""Measure words per second of ``fairseq-train`` for several architectures, in turns.
 
     xmoe bench train [--data DATA_BIN] [--archs dense_transformer_wmt23 xmoe_transformer] [--updates 8]
 

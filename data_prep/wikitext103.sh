@@ -19,7 +19,8 @@ into subwords and turns it into fairseq's binary format in DIR/bin. Text is read
 
 Next: fairseq-hydra-train --config-dir train_configs/lm --config-name small task.data=DIR/bin (see that file).
 Perplexities of different subwords cannot be compared. Needs the environment of scripts/setup.sh; curl and unzip to
-download. Text and subwords that are in DIR already are kept: for other text take another DIR. Exit: 0 done, 1 failed, 2 bad arguments.
+download. Text and subwords that are in DIR already are kept: for other text take another DIR.
+Exit: 0 done, 1 failed, 2 bad arguments.
 TEXT
 }
 # shellcheck source=scripts/lib.sh

@@ -236,6 +236,8 @@ def test_options_of_the_usage_of_scripts_are_read():
     num_flags = 0
     for target in {command.target for command in cli.COMMANDS.values() if command.target.endswith(".sh")}:
         usage, code = page_text(target).split("usage() {", 1)[1].split("\nTEXT\n", 1)
+        for shared in re.findall(r'^\. "\$\(dirname "\$\{BASH_SOURCE\[0\]\}"\)/(\w+\.sh)"', code, re.MULTILINE):
+            code += page_text(f"{Path(target).parent}/{shared}") if shared != "lib.sh" else ""
         if "hf_peers" in target:
             code = page_text("benchmarks/hf_peers.py")
         for line in re.findall(r"^  (--.*)$", usage, re.MULTILINE):

@@ -164,3 +164,23 @@ def test_break_even_points_are_those_of_the_cost_model():
     models.append(Model(num_experts=128, expert_dim=512, rows_per_token=4))
     points = [break_even_tokens(model, NODES[0], ranks) for ranks in (8, 16) for model in models]
     assert_shown(shown, [*points, break_even_tokens(models[0], NODES[0], 32)], 1)
+
+
+def test_signatures_are_those_of_the_evidence():
+    evidence = page_text("docs/results/2026-11-22-small-cpu.json")
+    signatures = set(re.findall(r'"signature": "([^"]+)"', evidence))
+    shown = [
+        signature
+        for page in ("docs/evaluation.md", "docs/results.md", "docs/training.md")
+        for signature in re.findall(r"`(nrefs:[^`]+)`", page_text(page))
+    ]
+    assert len(shown) >= 5
+    assert all(any(full.startswith(signature) for full in signatures) for signature in shown), shown
+
+
+def test_the_benchmarks_quote_the_experts_per_token_of_the_results():
+    """A token's experts in docs/results.md, rounded, and their FLOPs: each has 512 of the dense FFN's 1,024 units."""
+    section = page_text("docs/results.md").split("### Hebrew to English", 1)[1]
+    experts = float(re.search(r"XMoE [\d.]+ and ([\d.]+)\.", section)[1])
+    shown = in_order(r"a token wants ([\d.]+) of 16 experts, ([\d.]+) times the dense FLOPs", BENCHMARKS)
+    assert_shown(shown, [experts, experts * 512 / 1024], 0.1)
