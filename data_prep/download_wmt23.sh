@@ -186,7 +186,7 @@ next_steps() {
         "$pair" "$cleaned" "$out/sample/train" "$(listed pairs)"
 }
 
-# Read by lib.sh.
+# Read by stages.sh.
 # shellcheck disable=SC2034
 stages=(held_out train) settled=(held_out train) results=()
 trap report_failed_stage EXIT

@@ -233,7 +233,7 @@ run_out=$(absolute "${run_out:-$root/runs/wmt23/$pair/$method/seed$seed}")
 [[ -z $prepared ]] || check_prepared
 use_environment
 set_update_freq
-# Read by lib.sh: the stages here are those of the data.
+# Read by stages.sh: the stages here are those of the data.
 # shellcheck disable=SC2034
 out=$data stages=(clean sample subwords binarise) settled=(clean sample subwords binarise) results=()
 way_out="add --restart-data, which renames $data and begins anew"

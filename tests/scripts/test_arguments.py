@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = sorted(path for path in (ROOT / "scripts").rglob("*.sh") if path.name not in ("lib.sh", "model_run.sh"))
+COMMANDS = sorted(
+    path for path in (ROOT / "scripts").rglob("*.sh") if path.name not in ("lib.sh", "stages.sh", "model_run.sh")
+)
 
 
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""scripts/lib.sh: which stages run, which are kept, what an interruption leaves."""
+"""scripts/lib.sh and stages.sh: which stages run, which are kept, what an interruption leaves."""
 
 from __future__ import annotations
 

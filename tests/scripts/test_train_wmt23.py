@@ -169,7 +169,8 @@ while :; do sleep 0.1; done
 @pytest.mark.parametrize(("restarts", "queued"), [("0", True), ("50", False)])
 def test_a_job_near_its_time_limit_saves_and_is_queued_again(tmp_path, restarts, queued):
     (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "lib.sh", tmp_path / "scripts")
+    for name in ("lib.sh", "stages.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
     (tmp_path / "scripts" / "train_wmt23.sh").write_text(TRAINER)
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/requeued\n')
     (tmp_path / "scontrol").chmod(0o755)
