@@ -28,6 +28,11 @@ def language_code(text: str) -> str:
     return text
 
 
+def side_path(prefix: str | Path, language: str) -> Path:
+    """The file of one language: PREFIX.LANGUAGE."""
+    return Path(f"{prefix}.{language}")
+
+
 def split_lines(block: bytes) -> list[bytes]:
     """Split at LF only, not at U+2028, VT and others as ``splitlines`` does, and drop an empty last line."""
     lines = block.split(b"\n")

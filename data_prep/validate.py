@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.languages import is_blank, look_swapped
-from data_prep.textio import language_code, language_pair, read_lines
+from data_prep.overlap import Overlap, overlaps
+from data_prep.textio import language_code, language_pair, read_lines, side_path
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside
 
@@ -48,8 +49,8 @@ class Report:
 
     Attributes:
         lines: pairs of lines read; the smaller of the two counts if they differ.
-        words: runs without white space, over all languages.
-        num_bytes: of all languages in UTF-8, line ends included.
+        words: number of runs without white space, over all languages.
+        num_bytes: bytes of all languages in UTF-8, line ends included.
         problems: the first MAX_LISTED of them, in the order of the text.
         total: number of all problems.
     """
@@ -64,10 +65,6 @@ class Report:
         self.total += 1
         if len(self.problems) < MAX_LISTED:
             self.problems.append(problem)
-
-
-def side_path(prefix: str | Path, language: str) -> Path:
-    return Path(f"{prefix}.{language}")
 
 
 def validate(prefix: str | Path, *languages: str, max_chars: int = 10_000) -> Report:
@@ -108,7 +105,7 @@ def validate(prefix: str | Path, *languages: str, max_chars: int = 10_000) -> Re
 
 
 def _mend(prefix: str | Path, languages: Sequence[str]) -> str:
-    """What mends most problems."""
+    """The command that mends most problems."""
     if len(languages) == 1:
         return "an editor, sed or iconv"
     pair, out = "-".join(languages), f"{prefix}.clean"
@@ -132,42 +129,6 @@ def _compare_sides(
             f"{paths[0]} looks like {target} and {paths[1]} like {source}: the languages are swapped; "
             f"rename the files, or give --pair {target}-{source}"
         )
-
-
-@dataclass
-class Overlap:
-    """Lines of a held-out text, and how many of its pairs and source lines occur in other text."""
-
-    lines: int
-    pairs: int
-    sources: int
-
-
-def overlaps(prefixes: Sequence[str], held_out: Sequence[str], *languages: str) -> dict[str, Overlap]:
-    """How many lines of each held-out text occur in ``prefixes``, without regard to white space at the ends."""
-    wanted = {pair for prefix in held_out for pair in _pairs(prefix, languages)}
-    wanted_sources = {pair[0] for pair in wanted}
-    found, found_sources = set[tuple[bytes, ...]](), set[bytes]()
-    for prefix in prefixes:
-        for pair in _pairs(prefix, languages):
-            if pair[0] in wanted_sources:
-                found_sources.add(pair[0])
-                if pair in wanted:
-                    found.add(pair)
-    results = {}
-    for prefix in held_out:
-        pairs = list(_pairs(prefix, languages))
-        results[prefix] = Overlap(
-            len(pairs), sum(pair in found for pair in pairs), sum(pair[0] in found_sources for pair in pairs)
-        )
-    return results
-
-
-def _pairs(prefix: str, languages: Sequence[str]) -> Iterator[tuple[bytes, ...]]:
-    with ExitStack() as stack:
-        sides = [stack.enter_context(side_path(prefix, language).open("rb")) for language in languages]
-        for lines in zip(*sides, strict=False):
-            yield tuple(line.strip() for line in lines)
 
 
 def file_problems(path: Path, prefix: str | Path) -> Iterator[str]:
@@ -265,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = overlaps(args.prefixes, args.held_out, *languages) if args.held_out else {}
     if args.json:
         _write_json(args.json, reports, found)
-    told = [_is_little(prefix, overlap, args) for prefix, overlap in found.items()]
+    told = [_report_overlap(prefix, overlap, args) for prefix, overlap in found.items()]
     return 0 if all(told) else 1
 
 
@@ -282,8 +243,8 @@ def _write_json(path: str, reports: dict[str, Report], found: dict[str, Overlap]
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _is_little(prefix: str, overlap: Overlap, args: argparse.Namespace) -> bool:
-    """Tell what the training text repeats of a held-out one. Returns: True if it is not above MAX_OVERLAP."""
+def _report_overlap(prefix: str, overlap: Overlap, args: argparse.Namespace) -> bool:
+    """Print how much of a held-out text the training text repeats. Returns: True if it is not above MAX_OVERLAP."""
     if not overlap.sources:
         return True
     is_little = overlap.pairs <= MAX_OVERLAP * overlap.lines

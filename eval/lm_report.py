@@ -30,12 +30,13 @@ _MEASURES = {
 
 
 def calibrated_figures(paths: Sequence[str], sizes: dict[str, dict[str, int]], tokens: int) -> dict[str, Any]:
-    """What ``eval.calibrate --check-subset test`` reports say, by goal such as ``loss:0.01``.
+    """The reports of ``eval.calibrate --check-subset test``, by goal such as ``loss:0.01``.
 
     ``test`` is the setting's evaluation on the test set. A model that has nothing to calibrate adds nothing.
 
     Args:
-        sizes: of `text_sizes`; tokens: of the test set.
+        sizes: result of `text_sizes`.
+        tokens: number of tokens of the test set.
     """
     found: dict[str, Any] = {}
     for path in paths:
@@ -57,7 +58,7 @@ def calibrated_figures(paths: Sequence[str], sizes: dict[str, dict[str, int]], t
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """The content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
+    """Collect the content of scores.json. Raises: FileNotFoundError, ValueError for a missing or unfinished piece."""
     commit = Path(args.commit_file).read_text(encoding="utf-8").strip() if Path(args.commit_file).is_file() else ""
     training = training_figures(read_records(args.training_log))
     training["changes"] = changes(Path(args.checkpoint).parent)
@@ -84,7 +85,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluation_table(report: dict[str, Any]) -> str:
-    """Markdown table: the model as trained on each split, then the test set at other prices."""
+    """A Markdown table of the model as trained on each split, and of the test set at other prices."""
     parts = dict(report["evaluation"])
     parts |= {f"test, {goal}": part["test"] for goal, part in report["calibrated"].items()}
     rows = [[name, *(three_digits(part[figure]) or "–" for figure in _MEASURES)] for name, part in parts.items()]
@@ -92,7 +93,7 @@ def evaluation_table(report: dict[str, Any]) -> str:
 
 
 def sweep_table(report: dict[str, Any]) -> str:
-    """Markdown table of the thresholds; empty where none was swept."""
+    """A Markdown table of the thresholds; empty if none was evaluated."""
     parts = report["evaluation"]
     rows = [
         [f"{points[0]['threshold']:g}", *(three_digits(points[0][name]) for name in ("flops", "experts"))]
@@ -105,7 +106,7 @@ def sweep_table(report: dict[str, Any]) -> str:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """The whole of report.md."""
+    """The text of report.md."""
     training, held_out = report["training"], report["text"].get("held_out", [])
     length = f"{training['updates']} updates, {training['epochs']} epochs, {three_digits(training['seconds'])} s"
     facts = {

@@ -1,4 +1,4 @@
-"""Run a study (pairs x methods x seeds) and write what it says: study.json, study.md, study.html.
+"""Run a study (pairs x methods x seeds) and write its results: study.json, study.md, study.html.
 
 bash scripts/run_study.sh --study FILE.yaml --out DIR [--jobs N]
 """
@@ -24,7 +24,7 @@ from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = command_parser("study", __doc__)
     add = parser.add_argument
     add(
@@ -41,7 +41,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def show(study: Study, out: Path) -> None:
-    """Every command of the study."""
+    """Print every command of the study."""
     for pair in study.pairs:
         print(f"\n# data of {pair.name}\n{shlex.join(study.data_command(pair, out))}")
     for cell in study.cells():
@@ -49,7 +49,7 @@ def show(study: Study, out: Path) -> None:
 
 
 def run(study: Study, out: Path, workers: int) -> tuple[list[Job], bool]:
-    """Data, then cells. Returns the jobs that ended and whether a signal stopped it."""
+    """Make the data, then run the cells. Returns: the jobs that ended, and True if a signal stopped them."""
     logs = out / "logs"
     steps = [
         [
@@ -74,12 +74,12 @@ def run(study: Study, out: Path, workers: int) -> tuple[list[Job], bool]:
 
 
 def tell(line: str) -> None:
-    """Progress, on standard error."""
+    """Print progress on standard error."""
     print(f"run_study: {line}", file=sys.stderr, flush=True)
 
 
 def write_results(study: Study, out: Path) -> dict[str, Any]:
-    """study.json, study.speed.json, study.md and study.html of the finished cells."""
+    """Write study.json, study.speed.json, study.md and study.html of the finished cells."""
     content, speeds = collect.collect(study, out), collect.speeds(study, out)
     files.write_json(out / "study.json", content)
     files.write_json(out / "study.speed.json", speeds)

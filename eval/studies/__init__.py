@@ -1,1 +1,1 @@
-"""Pairs x methods x seeds: what a study is, how its cells run, what they add up to."""
+"""Studies of pairs x methods x seeds: reading a plan, running its cells, collecting and showing the results."""

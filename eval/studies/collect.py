@@ -1,7 +1,7 @@
-"""What the cells of a study add up to: the content of study.json.
+"""Collect the content of study.json from the cells of a study.
 
-Nothing in it depends on time or place: a study that was interrupted gives the same file as one that was not. Speeds
-stand in a file of their own.
+It does not depend on time or place, so that an interrupted study gives the same file as an uninterrupted one. Speeds
+are in another file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from eval.studies.statistics import holm, paired_test, spread
 from eval.text import files
 from eval.text.significance import compare_systems
 
-RISE = 0.01  # of the perplexity; how far thresholds may be lowered for it is told
+RISE = 0.01  # relative rise of the perplexity; the cheapest threshold within it is reported
 
 
 def collect(study: Study, out: Path) -> dict[str, Any]:
-    """The content of study.json from the cells that are finished; the others are listed as missing."""
+    """Collect study.json from the finished cells; the others are listed as missing."""
     reports: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     missing = []
     for cell in study.cells():
@@ -41,7 +41,7 @@ def collect(study: Study, out: Path) -> dict[str, Any]:
 
 
 def summarise(study: Study, reports: dict[str, Any], missing: list[str]) -> dict[str, Any]:
-    """Everything of study.json but the tests on translations. ``reports``: pair -> method -> seed -> figures."""
+    """Study.json without the tests on translations. ``reports``: pair -> method -> seed -> figures."""
     pairs = {}
     for pair in study.pairs:
         methods = {
@@ -100,13 +100,13 @@ def _swept(sweeps: list[list[dict[str, float]]]) -> dict[str, Any]:
 
 
 def differences(reports: dict[str, Any], pair: str, one: str, other: str, measure: str) -> list[float]:
-    """``one`` minus ``other`` for every seed that both have on a pair."""
+    """The difference ``one`` minus ``other`` for every seed that both have on a pair."""
     left, right = (reports.get(pair, {}).get(name, {}) for name in (one, other))
     return [left[seed][measure] - right[seed][measure] for seed in left if seed in right]
 
 
 def over_seeds(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
-    """Every method against the baseline: measure -> pair (or ``all pairs``) -> method -> test, Holm beside p."""
+    """Test each method against the baseline: measure -> pair (or ``all pairs``) -> method -> test, Holm beside p."""
     names = [pair.name for pair in study.pairs]
     scopes = {name: [name] for name in names} | ({"all pairs": names} if len(names) > 1 else {})
     result: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def over_seeds(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
 
 
 def order(study: Study, reports: dict[str, Any]) -> dict[str, Any]:
-    """Measure -> pair -> methods from best to worst, each with the test against the next one."""
+    """Rank the methods: measure -> pair -> methods from best to worst, each with the test against the next one."""
     result: dict[str, Any] = {}
     for measure, (_, more_is_better) in study.kind.measures.items():
         for pair, methods in reports.items():
@@ -167,7 +167,7 @@ def _hypotheses(out: Path, cell: Cell) -> list[str]:
 
 
 def speeds(study: Study, out: Path) -> dict[str, Any]:
-    """Words a second of every finished cell; these do depend on time and place."""
+    """Words a second of every finished cell, which depend on time and place."""
     found: dict[str, Any] = {}
     for cell in study.cells():
         path = out / "cells" / cell.name / "scores.json"

@@ -1,4 +1,4 @@
-"""study.html: the tables and figures of a study on one page that needs no network.
+"""Render study.html: the tables and figures of a study on one page that needs no network.
 
 The wall time of training is the paper's Fig 8. Below the study's own figures come those of eval.report for the first
 seed of every method: Fig 4, 5 and 7.
@@ -29,7 +29,7 @@ def seed_points(study: dict[str, Any], pair: str, measure: str) -> Figure:
 
 
 def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Figure:
-    """All methods in one chart, as trained and at each price."""
+    """Plot all methods in one chart, as trained and at each price."""
     title, more = kind_of(study).measures[measure]
     traces = []
     for number, method in enumerate(study["pairs"][pair]["methods"].values()):
@@ -52,7 +52,7 @@ def quality_against_flops(study: dict[str, Any], pair: str, measure: str) -> Fig
 
 
 def wall_time(study: dict[str, Any], speeds: dict[str, Any], pair: str) -> Figure:
-    """The paper's Fig 8 for the whole model: time of a training word against the FLOPs of the MoE layers."""
+    """Plot the time of a training word against the FLOPs of the MoE layers: the paper's Fig 8 for the whole model."""
     traces = []
     for number, (name, method) in enumerate(study["pairs"][pair]["methods"].items()):
         x, y, seeds = [], [], []
@@ -73,7 +73,7 @@ def wall_time(study: dict[str, Any], speeds: dict[str, Any], pair: str) -> Figur
 
 
 def sweep_figure(study: dict[str, Any], pair: str) -> Figure:
-    """Test perplexity against MoE FLOPs as the threshold falls, a line a method and seed (the paper's Table 2)."""
+    """Plot test perplexity against MoE FLOPs as the threshold falls, a line for each method and seed (Table 2)."""
     traces = []
     for number, method in enumerate(study["pairs"][pair]["methods"].values()):
         for seed, cell in method["seeds"].items():
@@ -146,7 +146,7 @@ def tables(study: dict[str, Any], speeds: dict[str, Any]) -> list[dict[str, Any]
 
 
 def render(study: dict[str, Any], speeds: dict[str, Any], runs: Sequence[Run]) -> str:
-    """The page; ``runs`` as of eval.report, the first seed of every method."""
+    """Render the page; ``runs`` are those of eval.report, the first seed of every method."""
     return render_report(
         runs, title=study["title"], study={"tables": tables(study, speeds), "figures": figures(study, speeds)}
     )

@@ -1,4 +1,4 @@
-"""What a study is: texts, methods and seeds from one YAML, and the runs of run_pair.sh or run_lm.sh it stands for."""
+"""The records of a study: texts, methods and seeds of one YAML, and their runs of run_pair.sh or run_lm.sh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Pair:
-    """One language pair, or the text of a language model: prefixes, what the test set is called, flags of its data.
+    """One language pair, or the text of a language model: prefixes, name of the test set, flags of its data.
 
     Attributes:
         name: ``de-en``, or ``en`` for language models; with a word after a dot, ``de-en.30k``, where a study has
@@ -34,17 +34,17 @@ class Pair:
 
     @property
     def languages(self) -> str:
-        """Such as ``de-en``, or ``en`` for language models."""
+        """The languages, such as ``de-en``, or ``en`` for language models."""
         return self.name.split(".")[0]
 
     @property
     def kind(self) -> Kind:
-        """What is trained on it."""
+        """The kind of model that is trained on it."""
         return TRANSLATION if "-" in self.languages else LANGUAGE_MODEL
 
     @property
     def target(self) -> str:
-        """The language that is translated into."""
+        """The target language."""
         return self.languages.split("-")[-1]
 
 
@@ -54,12 +54,12 @@ class Method:
 
     Attributes:
         name: also the name of its folder.
-        title: what tables show.
+        title: its name in tables.
         config: absolute path of its YAML.
         settings: ``GROUP.KEY=VALUE``, those of the whole study first.
-        seeds: those it is trained with.
+        seeds: the seeds of its trainings.
         paper: the row of the paper's table to show beside it, or None.
-        sweep: thresholds at which its language models are evaluated too.
+        sweep: further thresholds at which its language models are evaluated.
     """
 
     name: str
@@ -98,11 +98,11 @@ class Study:
 
     @property
     def kind(self) -> Kind:
-        """All its texts are of one kind."""
+        """The kind of all its texts."""
         return self.pairs[0].kind
 
     def cells(self) -> list[Cell]:
-        """All trainings. The first seed of every method comes first, so an unfinished study compares something."""
+        """All trainings; the first seed of every method comes first, so that an unfinished study compares methods."""
         most = max(len(method.seeds) for method in self.methods)
         return [
             Cell(pair, method, method.seeds[turn])
@@ -113,12 +113,12 @@ class Study:
         ]
 
     def data_command(self, pair: Pair, out: Path) -> list[str]:
-        """Subwords and binary data of one pair, once for all its cells."""
+        """The command that makes subwords and binary data of one pair, once for all its cells."""
         texts = ["--train", pair.train, "--valid", pair.valid, "--test", pair.test]
         return [*_run(pair, out / "data" / pair.name), *texts, *pair.data_flags, "--data-only"]
 
     def cell_command(self, cell: Cell, out: Path) -> list[str]:
-        """The run of one cell; anyone can start it alone."""
+        """The command of one cell, which can also be started alone."""
         data = out / "data" / cell.pair.name
         prepared = ["--data-bin", str(data / "data-bin")]
         if self.kind is TRANSLATION:

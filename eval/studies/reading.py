@@ -1,4 +1,4 @@
-"""Reads a study's YAML and refuses what it cannot mean."""
+"""Read a study's YAML and refuse unknown keys and impossible values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEYS = {
 }
 # flags of the scripts that go to the preparation of the data alone
 _DATA_FLAGS = ("subwords", "vocab-size", "workers")
-# prices of inference where a study names none
+# prices of inference if a study names none
 _GOALS = ("loss:0.01", "budget:0.5", "budget:1.0")
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
 
@@ -75,7 +75,7 @@ def load_study(path: Path) -> Study:
 
 @dataclass(frozen=True)
 class _Common:
-    """What the study gives to all its methods."""
+    """The settings that the study gives to all its methods."""
 
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -173,7 +173,7 @@ def _sweep(path: Path, place: str, value: Any, kind: Kind) -> tuple[float, ...]:
 
 
 def _settings(path: Path, place: str, value: Any) -> tuple[str, ...]:
-    """``{a.b: 1}`` as ``a.b=1``, in the words that --set takes."""
+    """``{a.b: 1}`` as ``a.b=1``, in the form of --set."""
     if value is None:
         return ()
     if not isinstance(value, dict) or not all("." in str(key) for key in value):

@@ -1,4 +1,4 @@
-"""Runs the commands of a study, several at a time; one that fails does not stop the others."""
+"""Run the commands of a study, several at a time; one that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SAVED = 75  # as scripts/run_pair.sh: interrupted, everything is saved, the same command continues
+SAVED = 75  # exit code of scripts/run_pair.sh: interrupted and saved; the same command continues
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 @dataclass
 class Job:
-    """One command, and what came of it.
+    """One command and its result.
 
     Attributes:
         code: its exit code; None while it has not ended.
@@ -32,7 +32,7 @@ class Job:
     started: float = 0.0
 
     def start(self) -> None:
-        """Begin; its output goes to the end of its log."""
+        """Start the command; its output is appended to its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.started = time.monotonic()
         with self.log.open("ab") as log:
@@ -45,12 +45,12 @@ class Job:
             )
 
     def stop(self) -> None:
-        """Ask it to save and end; nothing if it has not started."""
+        """Ask a started command to save and end."""
         if self.process is not None:
             self.process.send_signal(signal.SIGUSR1)
 
     def has_ended(self) -> bool:
-        """Whether it ended, which it notes."""
+        """True if the command has ended; then ``code`` is set."""
         if self.process is None or self.process.poll() is None:
             return False
         self.code, self.seconds = self.process.returncode, time.monotonic() - self.started
@@ -62,12 +62,12 @@ class Job:
 
 
 def _end_with_parent() -> None:
-    """A cell must not run on when the study is killed: the kernel then sends it SIGTERM, which saves."""
+    """Make the kernel send a cell SIGTERM, which saves, when the study is killed."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM)
 
 
 class Runner:
-    """A queue of jobs. After ``stop`` nothing starts, and what runs is asked to save and end."""
+    """A queue of jobs. After ``stop`` no job starts, and running jobs are asked to save and end."""
 
     def __init__(self, jobs: Sequence[Job], workers: int, tell: Callable[[str], None]) -> None:
         self.waiting, self.running, self.ended = list(jobs), list[Job](), list[Job]()
@@ -75,19 +75,19 @@ class Runner:
         self.stopped = False
 
     def stop(self) -> None:
-        """Pass SIGUSR1 on: run_pair.sh saves its training and ends with code 75."""
+        """Pass SIGUSR1 on, at which run_pair.sh saves its training and ends with code 75."""
         self.stopped = True
         for job in self.running:
             job.stop()
 
     def run(self) -> list[Job]:
-        """Run all; the jobs in the order of their ends."""
+        """Run all jobs. Returns: the jobs in the order of their ends."""
         while self.running or (self.waiting and not self.stopped):
             while self.waiting and len(self.running) < self.workers and not self.stopped:
                 job = self.waiting.pop(0)
                 self.running.append(job)
                 job.start()
-                if self.stopped:  # a signal came while it started
+                if self.stopped:  # a signal came while the job started
                     job.stop()
             for job in [job for job in self.running if job.has_ended()]:
                 self.running.remove(job)
@@ -107,7 +107,7 @@ class Runner:
         return f"{place}: done in {duration(job.seconds)}{rest}"
 
     def _seconds_left(self) -> float | None:
-        """From the mean time of those that ended well; those that run are taken to be half done."""
+        """The estimate from the mean time of jobs that succeeded, with running jobs counted as half done."""
         times = [job.seconds for job in self.ended if job.code == 0]
         open_jobs = len(self.waiting) + len(self.running) / 2
         if not times or not open_jobs:

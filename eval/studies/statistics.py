@@ -26,10 +26,10 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired_test(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Is the mean of differences other than 0? One group of differences for each language pair, one number a seed.
+    """Test whether the mean of differences is other than 0; a group of differences for each pair, one number a seed.
 
-    With several groups: the mean over groups of each group's mean, and the deviation within groups pooled, so that
-    pairs may differ in how large the effect is.
+    With several groups this takes the mean over groups of each group's mean, and pools the deviation within groups, so
+    that the size of the effect may differ between pairs.
 
     Returns:
         ``mean``, ``low`` and ``high`` of its 95 % interval, ``p`` (two-sided), ``df``; all but the mean None where no

@@ -1,4 +1,4 @@
-"""study.md: the tables of a study."""
+"""Write study.md, the tables of a study."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _p(value: float | None) -> str:
 
 
 def pair_table(study: dict[str, Any], pair: str, speeds: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a method as trained, then at each price; the paper's cell beside it."""
+    """Headers and rows of each method as trained and at each price, with the paper's cell beside it."""
     kind = kind_of(study)
     rows = []
     for name, method in study["pairs"][pair]["methods"].items():
@@ -69,7 +69,7 @@ def _paper_scores(row: str | None, pair: str) -> str:
 
 
 def _paper_perplexity(row: str | None) -> str:
-    """OpenWebText's and WikiText-103's of Table 1."""
+    """Perplexities of OpenWebText and WikiText-103 in Table 1."""
     found = next((method for method in load_paper("table1")["methods"] if method["id"] == row), None)
     return "–" if found is None else f"{found['openwebtext']}/{found['wikitext103']}"
 
@@ -93,7 +93,7 @@ def sweep_table(study: dict[str, Any], pair: str) -> tuple[list[str], list[list[
 
 
 def sweep_lines(study: dict[str, Any], pair: str) -> list[str]:
-    """One line a method: how far the FLOPs fall before the perplexity rises."""
+    """One line for each method on how far the FLOPs fall before the perplexity rises."""
     lines = []
     for method in study["pairs"][pair]["methods"].values():
         if not (sweep := method["over_seeds"].get("sweep")):
@@ -125,13 +125,13 @@ def tests_table(study: dict[str, Any], measure: str) -> tuple[list[str], list[li
 
 
 def has_tests(study: dict[str, Any]) -> bool:
-    """Whether any method has two seeds together with the baseline."""
+    """True if any method has two seeds in common with the baseline."""
     scopes = [scope for measure in study["over_seeds"].values() for scope in measure.values()]
     return any(test["p"] is not None for scope in scopes for test in scope.values())
 
 
 def tests_note(study: dict[str, Any]) -> str:
-    """What stands above the tests over seeds."""
+    """The text above the tests over seeds."""
     told = TEST_OVER_SEEDS if has_tests(study) else NO_TEST
     return f"Against {study['baseline']}. {told}"
 
@@ -148,7 +148,7 @@ def within_table(study: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def order_lines(study: dict[str, Any], measure: str) -> list[str]:
-    """One line a pair: the methods from best to worst, with p of each step."""
+    """One line for each pair: the methods from best to worst, with p of each step."""
     lines = []
     for pair, rows in study["order"][measure].items():
         steps = [
@@ -165,7 +165,7 @@ def _step(test: dict[str, Any]) -> str:
 
 
 def order_note(study: dict[str, Any]) -> str:
-    """What stands above the order of methods."""
+    """The text above the order of methods."""
     steps = "p of the paired t-test between neighbours." if has_tests(study) else "One seed: no step is tested."
     return f"From best to worst. {steps}"
 
@@ -191,7 +191,7 @@ SWEEP = (
 
 
 def pair_note(study: dict[str, Any], pair: str) -> str:
-    """What stands above the table of a pair."""
+    """The text above the table of a pair."""
     note = f"Test set: {study['pairs'][pair]['test_set']}. Mean ± standard deviation over seeds."
     if kind_of(study) is LANGUAGE_MODEL:
         note += (
@@ -202,7 +202,7 @@ def pair_note(study: dict[str, Any], pair: str) -> str:
 
 
 def markdown(study: dict[str, Any], speeds: dict[str, Any]) -> str:
-    """The whole of study.md."""
+    """The text of study.md."""
     parts = [f"# {study['title']}"]
     if study["missing"]:
         parts.append(f"Not finished, so left out: {', '.join(study['missing'])}.")
