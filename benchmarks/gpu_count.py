@@ -33,7 +33,7 @@ from benchmarks.common import kept_bytes, table, write_result
 from benchmarks.layer import CASES, DENSE, WIDTH, Case, scale_for
 from benchmarks.peers import DenseFFN
 from xmoe_fairseq.command_line import command_parser, reports_errors
-from xmoe_fairseq.moe import MoEConfig, MoELayer, flops, host
+from xmoe_fairseq.moe import MoEConfig, MoELayer, flops, host, kernels
 
 BYTES_PER_SECOND, FLOPS_PER_SECOND, LAUNCH_SECONDS, SORT_SECONDS = 2.5e12, 500e12, 3e-6, 60e-6
 TOKENS, DECODED = 8192, (320, 5)
@@ -274,6 +274,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases, help="default: all")
     parser.flag("--out", old="--json", help="also write all counts, call by call, as JSON")
     options: argparse.Namespace = parser.parse_args(argv)
+    if not kernels.find_spec("triton"):
+        parser.error("triton is not installed here; requirements-dev.txt names the version that is tested")
     os.environ["TRITON_INTERPRET"] = "1"  # lets kernels.chosen take CPU tensors; no kernel is run
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []

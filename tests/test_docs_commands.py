@@ -43,7 +43,7 @@ def yaml_lines(text: str) -> Iterator[str]:
     """Commands in the comments of a YAML."""
     comments = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     joined = re.sub(r"\\\n\s*", " ", comments)
-    for line in re.findall(r"^(?:Run: )?((?:\w+=\S+ )*(?:(?:bash )?scripts/|fairseq-).*)$", joined, re.MULTILINE):
+    for line in re.findall(r"^(?:Run: )?((?:\w+=\S+ )*(?:(?:bash )?scripts/|xmoe |fairseq-).*)$", joined, re.MULTILINE):
         yield re.sub(r" \(see --help\)", "", line)
 
 

@@ -101,3 +101,12 @@ def test_a_decoding_step_keeps_its_numbers(tokens: int, counted: dict[str, Any])
 @pytest.mark.slow
 def test_memory_kept_for_backward_is_near_the_dense_ffns(counted: dict[str, Any]) -> None:
     assert counted["kept"]["64x1024"]["of_dense"] <= 1.2
+
+
+def test_without_triton_one_line_says_what_is_wanting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_count.kernels, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_count.main([])
+    assert "triton is not installed here" in capsys.readouterr().err
