@@ -1,10 +1,11 @@
-"""Perplexity of a language model on whole splits of its data, and what its MoE layers cost there, counted.
+"""Perplexity of a model on whole splits of its data, and what its MoE layers cost there, counted.
 
 xmoe perplexity --checkpoint averaged.pt --data DATA_BIN --gen-subset valid test --thresholds 0.5 0.7 1.0
 
-Every token is scored, end marks of lines too, each in its block of the training's tokens_per_sample. Where the data
-hold the sizes of their text (text.json of scripts/run_lm.sh) there is a perplexity per word, with the end of a line
-as one more word, and the bits per byte of UTF-8: these can be compared between subwords, the perplexity cannot.
+Every token is scored, end marks of lines too: of a language model each in its block of the training's
+tokens_per_sample, of a translation model those of the references. Where a language model's data hold the sizes of
+their text (text.json of scripts/run_lm.sh) there is a perplexity per word, with the end of a line as one more word,
+and the bits per byte of UTF-8: these can be compared between subwords, the perplexity cannot.
 --thresholds evaluates a model with XMoE's router at these as well.
 """
 
@@ -119,9 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.check_writable(args.out)
     overrides = parse_overrides(args.model_overrides)
     loaded = load(args.checkpoint, data=args.data, user_dir=args.user_dir, overrides=overrides, device=args.device)
-    if loaded.is_translation:
-        raise ValueError(f"{args.checkpoint} is a translation model; xmoe score and xmoe sweep evaluate those")
-    sizes, options = text_sizes(args.data), {"max_tokens": args.max_tokens, "thresholds": swept(loaded, args)}
+    sizes = {} if loaded.is_translation else text_sizes(args.data)
+    options = {"max_tokens": args.max_tokens, "thresholds": swept(loaded, args)}
     found = {split: measure(loaded, split, sizes.get(split), **options) for split in args.gen_subset or SPLITS[1:]}
     if args.out:
         files.write_json(

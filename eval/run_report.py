@@ -33,6 +33,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         analysis = files.read_json(args.analysis)
         evidence["inference"] = inference_figures(analysis) | {"model_overrides": args.model_overrides}
         routing["test"] = routing_of(analysis, ROUTING_FIGURES)
+    valid = files.read_json(args.evaluation)["subsets"]["valid"]
     return {
         "pair": args.pair,
         "seed": args.seed,
@@ -44,6 +45,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "hypotheses": score["hypotheses"],
         "references": score["references"],
         "source": args.source,
+        "evaluation": {"valid": valid},
         "routing": routing,
         "training": training,
         "generation": generation_speed(args.generation_log) | _length_limit(args, resolved["config"]),
@@ -81,6 +83,7 @@ def _parser() -> CommandParser:
         help="fairseq-generate's stderr and stdout",
     )
     add("--score", required=True, metavar="JSON", help="output of xmoe score --out")
+    add("--evaluation", required=True, metavar="JSON", help="output of xmoe perplexity on valid")
     flag("--source", required=True, help="source side of the test set, for the samples")
     add(
         "--calibrated",

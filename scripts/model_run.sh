@@ -57,7 +57,7 @@ settle_model_arguments() {
     [[ ${goals[*]} != none ]] || goals=()
     user_dir=$root/xmoe_fairseq
     checkpoints=$out/checkpoints training_log=$out/train.log averaged=$checkpoints/averaged.pt calibrated=$out/calibrated
-    analysis=$out/analysis.json
+    analysis=$out/analysis.json evaluation=$out/evaluation.json
     [[ -z $no_analysis ]] || analysis=''
     # A training that a signal stopped leaves this file beside its checkpoint; torchrun gives out other codes than its ranks.
     stopped_by_signal=$checkpoints/stopped-by-signal

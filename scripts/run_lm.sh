@@ -77,7 +77,7 @@ settle_model_arguments
 
 prepared=$data_bin data_bin=${data_bin:-$out/data-bin}
 test_set=${test_set:-$(basename "${test:-test}")}
-subwords=$out/subwords encoded=$out/encoded evaluation=$out/evaluation.json
+subwords=$out/subwords encoded=$out/encoded
 raw_files=(${train:+"$train.$language"} ${valid:+"$valid.$language"} ${test:+"$test.$language"})
 training_data=("$data_bin/dict.txt" "$data_bin"/{train,valid}.{bin,idx})
 # Read by model_run.sh.

@@ -5,7 +5,7 @@ usage() {
 Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --out DIR [options]
 
 From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
-validate, subwords, encode, binarise, lengths, train, average, generate, detokenise, score, calibrate, analyse, report.
+validate, subwords, encode, binarise, lengths, train, average, generate, detokenise, score, calibrate, analyse, evaluate, report.
 Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the translations in DIR/translations/test.TGT.
 
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
@@ -112,7 +112,7 @@ device_flags=()
 [[ $device != cpu ]] || device_flags=(--cpu)
 # Read by lib.sh.
 # shellcheck disable=SC2034
-stages=(validate subwords encode binarise test_data lengths train average generate detokenise score calibrate analyse report)
+stages=(validate subwords encode binarise test_data lengths train average generate detokenise score calibrate analyse evaluate report)
 
 validate() {
     run python -m data_prep.validate --pair "$pair" ${train:+"$train"} --held-out ${valid:+"$valid"} "$test" \
@@ -266,6 +266,12 @@ analyse() {
         --out "$analysis"
 }
 
+# The loss of the averaged checkpoint, which translates; the training log has those of single checkpoints.
+evaluate() {
+    run python -m eval.perplexity --checkpoint "$averaged" --data "$data_bin" --user-dir "$user_dir" --gen-subset valid \
+        --model-overrides "$model_overrides" --max-tokens "$max_tokens" --device "$device" --out "$evaluation"
+}
+
 report() {
     local goal cheaper=()
     for goal in ${goals[@]+"${goals[@]}"}; do cheaper+=("$calibrated/${goal/:/-}.json"); done
@@ -273,7 +279,7 @@ report() {
         --training-log "$training_log" --checkpoint "$averaged" --score "$out/score.json" \
         --generation-log "$translations/generate.log" "$translations/generate.txt" --source "$test.$source_language" \
         --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"} \
-        ${analysis:+--analysis "$analysis"} --model-overrides "$model_overrides" \
+        --evaluation "$evaluation" ${analysis:+--analysis "$analysis"} --model-overrides "$model_overrides" \
         --data "$data_bin" --lengths "$out/lengths.json" --overlap "$out/overlap.json" \
         --cut "$encoded/test.$source_language.json" ${corpora:+--corpora "$corpora"} \
         --max-len-a "$max_len_a" --max-len-b "$max_len_b"
@@ -319,8 +325,10 @@ main() {
         stage analyse analyse "beam=$beam" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
             "$test.$target_language" "${test_data[@]}"
     fi
+    stage evaluate evaluate "batch=$max_tokens" "device=$device" "model_overrides=$model_overrides" -- "$averaged" \
+        "${training_data[@]}"
     stage report report "pair=$pair" "seed=$seed" "goals=${goals[*]-}" "analysis=${analysis:+yes}" -- "$out/score.json" \
-        "$training_log" "$translations/generate.txt" ${analysis:+"$analysis"} ${corpora:+"$corpora"}
+        "$evaluation" "$training_log" "$translations/generate.txt" ${analysis:+"$analysis"} ${corpora:+"$corpora"}
     [[ -n $dry_run ]] || log "done: $out/report.md, ${analysis:+$out/report.html, }$out/scores.json"
 }
 

@@ -30,6 +30,7 @@ def test_everything_that_can_be_started_has_a_name():
     # steps of scripts, as all of eval/run is
     inner = {
         "eval.run_report",
+        "eval.lm_report",
         "eval.study",
         "benchmarks.hf_peers",
         "data_prep.mtdata_index",

@@ -71,7 +71,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "Look inside": (
         Command("calibrate", "eval.calibrate", "threshold and limit of experts for a budget, written into a copy"),
         Command("quantisation", "eval.quantisation", "loss and scores of a float and of quantised checkpoints, tested"),
-        Command("perplexity", "eval.perplexity", "a language model's perplexity and the FLOPs of its MoE layers"),
+        Command(
+            "perplexity", "eval.perplexity", "loss and perplexity on whole splits, and the FLOPs of the MoE layers"
+        ),
         Command("sweep", "eval.sweep", "quality against counted FLOPs: threshold or capacity swept"),
         Command("analyse", "eval.analyse", "what the router does on a test set, as JSON"),
         Command("report", "eval.report", "the page of one run, or a comparison of several"),

@@ -39,7 +39,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         "commit": report["commit"] or "not a git checkout",
         "training": length,
         "training speed": f"{three_digits(training['words_per_second'])} target words/s",
-        "validation loss": f"{three_digits(training['valid_loss'])} (best {three_digits(training['best_valid_loss'])})",
+        "validation loss, bits a token": f"{three_digits(report['evaluation']['valid']['loss_bits'])}",
+        "training's loss there, smoothed": f"{three_digits(training['valid_loss'])} (best "
+        f"{three_digits(training['best_valid_loss'])})",
         "translation speed": f"{three_digits(generation['tokens_per_second'])} target tokens/s",
         "translations": report["hypotheses"]["path"],
         **evidence_rows(report),

@@ -76,17 +76,18 @@ def _price(part: dict[str, Any], per_token: dict[str, float], quality: dict[str,
 
 
 def _of_translation(report: dict[str, Any]) -> dict[str, Any]:
-    routing, per_token = report["routing"], report["flops_per_token"]
+    valid, per_token = report["evaluation"]["valid"], report["flops_per_token"]
     metrics = ("bleu", "chrf++")
     prices = {
         goal: _price(part, per_token, {metric: part["scores"][metric]["score"] for metric in metrics})
         for goal, part in report["calibrated"].items()
     }
     return {
-        "dev_loss": report["training"]["best_valid_nll_loss"],
+        "dev_loss": valid["loss_bits"],
+        "dev_loss_in_training": report["training"]["best_valid_nll_loss"],
         **{metric: report["scores"][metric]["score"] for metric in metrics},
-        **_costs(report, routing["valid"]["overall"].get("flops", 1.0)),
-        "experts_inference": routing["valid"]["overall"].get("used"),
+        **_costs(report, 1.0 if valid["flops"] is None else valid["flops"]),
+        "experts_inference": valid["experts"],
         "parameters": report["num_parameters"],
         "updates": report["training"]["updates"],
         "prices": prices,

@@ -202,6 +202,8 @@ def test_every_stage_runs_in_its_order_and_leaves_its_evidence(life):
     assert 1 <= report["routing"]["valid"]["overall"]["used"] <= 4
     assert "translation  " in seen["report"]
     cheaper = report["calibrated"]["loss:0.01"]
+    # calibrate measured the same model on the same text by itself
+    assert report["evaluation"]["valid"]["loss_bits"] == pytest.approx(cheaper["before"]["loss_bits"], abs=1e-6)
     assert cheaper["after"]["loss_bits"] <= cheaper["before"]["loss_bits"] + 0.01
     assert cheaper["after"]["flops"] <= cheaper["before"]["flops"]
     assert set(cheaper["scores"]) == set(report["scores"])

@@ -57,6 +57,8 @@ def pieces(tmp_path):
     }
     (tmp_path / "score.json").write_text(json.dumps(score))
     (tmp_path / "commit.txt").write_text("abc123\n")
+    valid = {"loss_bits": 1.25, "flops": 0.875, "experts": 1.75}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"subsets": {"valid": valid}}))
     weight = torch.zeros(2, 3)  # input and output embeddings are one matrix
     names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
     state = {"model": {**dict.fromkeys(names, weight), "encoder.version": torch.ones(1)}}
@@ -64,7 +66,7 @@ def pieces(tmp_path):
     values = {
         "pair": "uk-en", "seed": 1, "config": "xmoe.yaml", "training-log": tmp_path / "train.log",
         "checkpoint": tmp_path / "model.pt", "generation-log": tmp_path / "generate.log",
-        "score": tmp_path / "score.json", "source": tmp_path / "test.uk",
+        "score": tmp_path / "score.json", "evaluation": tmp_path / "evaluation.json", "source": tmp_path / "test.uk",
         "commit-file": tmp_path / "commit.txt", "out": tmp_path,
     }  # fmt: skip
     return tmp_path, [str(text) for name, value in values.items() for text in (f"--{name}", value)]
@@ -89,6 +91,7 @@ def test_scores_json_holds_every_figure_of_the_run(pieces):
     assert (report["training"]["valid_loss"], report["training"]["best_valid_loss"]) == (2.0, 1.5)
     assert report["training"]["words_per_second"] == 1234.5
     assert report["generation"]["tokens_per_second"] == 250.0
+    assert report["evaluation"]["valid"]["loss_bits"] == 1.25
     assert report["routing"]["valid"]["layers"]["encoder 11"] == {"used": 1.5}
 
 
