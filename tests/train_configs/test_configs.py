@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,24 @@ def test_files_of_a_folder_differ_in_model_and_criterion_only(folder):
         assert {**config, "model": 0, "criterion": 0} == {**dense, "model": 0, "criterion": 0}, path
         assert shared(config["model"]) == shared(dense["model"]), path
         assert config["criterion"]["label_smoothing"] == dense["criterion"]["label_smoothing"]
+
+
+@pytest.mark.parametrize(("dense", "sparse"), [("small_dense", "small"), ("wikitext103_dense", "wikitext103_xmoe")])
+def test_dense_and_sparse_language_models_differ_in_the_ffn_of_moe_layers_only(dense, sparse):
+    """fairseq-hydra-train would fill a stock ``transformer_lm`` with other sizes than those of the architecture."""
+
+    def shapes(name: str) -> dict[str, torch.Size]:
+        named = built(FOLDER / "lm" / f"{name}.yaml").state_dict()
+        return {
+            key: tensor.shape for key, tensor in named.items() if not re.search(r"layers\.\d*[13579]\.(fc|moe)", key)
+        }
+
+    assert shapes(dense) == shapes(sparse)
+    model = built(FOLDER / "lm" / f"{dense}.yaml")
+    assert (
+        model.decoder.layers[0].activation_fn is built(FOLDER / "lm" / f"{sparse}.yaml").decoder.layers[0].activation_fn
+    )
+    assert model.decoder.layers[1].fc1.out_features == model.decoder.layers[0].fc1.out_features
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "wmt23_official_recipe").glob("*.yaml")), ids=name_of)

@@ -73,7 +73,7 @@ def register_dense(name: str, size: Size) -> None:
     def apply(args: Any) -> None:
         size.apply(args)
 
-    _register(name, size, "transformer_lm" if size.is_language_model else "transformer", apply)
+    _register(name, size, "dense_lm" if size.is_language_model else "transformer", apply)
 
 
 def register_moe(name: str, size: Size, num_experts: int, expert_dim: int, gamma: float | None, **others: Any) -> None:

@@ -21,6 +21,26 @@ from .stacks import MoEDecoder
 from .translation import MoETransformerConfig
 
 
+@register_model("dense_lm")
+class DenseLanguageModel(TransformerLanguageModel):
+    """fairseq's ``transformer_lm``, at the sizes of our dense architectures also in a YAML.
+
+    fairseq-hydra-train fills a ``transformer_lm`` with its dataclass's defaults before it looks at the architecture,
+    which is then without effect. This model has no dataclass.
+    """
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """Flags without defaults: those come from the architecture."""
+        gen_parser_from_dataclass(parser, TransformerLanguageModelConfig(), delete_default=True)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> DenseLanguageModel:
+        """From the settings of a command line, a YAML or a checkpoint."""
+        settle_positions(args, task)
+        return super().build_model(args, task)
+
+
 @register_model("xmoe_transformer_lm")
 class MoETransformerLanguageModel(TransformerLanguageModel):
     """``transformer_lm`` with a MoE layer in place of the feed-forward network of every n-th layer.
