@@ -13,7 +13,8 @@ from eval.table import load_paper
 _SHOWN_COSTS = ("moe_flops_inference", "moe_flops_training", "mflops_inference")
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
+def as_table(headers: list[str], rows: list[list[str]]) -> str:
+    """A table of these cells in GitHub's Markdown."""
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -31,7 +32,10 @@ def _p(value: float | None) -> str:
 
 
 def pair_table(study: dict[str, Any], pair: str, speeds: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of each method as trained and at each price, with the paper's cell beside it."""
+    """Headers and rows of each method as trained and at each price, with the paper's cell beside it.
+
+    Columns without any content are left out: words/s if ``speeds`` is empty, the paper's cells of another pair.
+    """
     kind = kind_of(study)
     rows = []
     for name, method in study["pairs"][pair]["methods"].items():
@@ -57,7 +61,8 @@ def pair_table(study: dict[str, Any], pair: str, speeds: dict[str, Any]) -> tupl
         "training words/s",
         "paper",
     ]
-    return headers, rows
+    filled = [place for place in range(len(headers)) if any(row[place] not in ("", "–") for row in rows)]
+    return [headers[place] for place in filled], [[row[place] for place in filled] for row in rows]
 
 
 def _paper_scores(row: str | None, pair: str) -> str:
@@ -209,20 +214,20 @@ def markdown(study: dict[str, Any], speeds: dict[str, Any]) -> str:
     for pair, content in study["pairs"].items():
         if content["methods"]:
             parts.append(f"## {pair}\n\n{pair_note(study, pair)}")
-            parts.append(_table(*pair_table(study, pair, speeds)))
+            parts.append(as_table(*pair_table(study, pair, speeds)))
             headers, rows = sweep_table(study, pair)
             if rows:
                 lines = "\n".join(f"- {line}" for line in sweep_lines(study, pair))
-                parts.append(f"### {pair}: thresholds\n\n{SWEEP}\n\n{lines}\n\n{_table(headers, rows)}")
+                parts.append(f"### {pair}: thresholds\n\n{SWEEP}\n\n{lines}\n\n{as_table(headers, rows)}")
     parts.append(f"## Differences over seeds\n\n{tests_note(study)}")
     for measure, (title, more_is_better) in kind_of(study).measures.items():
         headers, rows = tests_table(study, measure)
         if rows:
-            parts.append(f"{title} ({'more' if more_is_better else 'less'} is better)\n\n{_table(headers, rows)}")
+            parts.append(f"{title} ({'more' if more_is_better else 'less'} is better)\n\n{as_table(headers, rows)}")
     headers, rows = within_table(study)
     if rows:
         parts.append(
-            f"## Differences within seeds\n\nAgainst {study['baseline']}. {TEST_WITHIN}\n\n{_table(headers, rows)}"
+            f"## Differences within seeds\n\nAgainst {study['baseline']}. {TEST_WITHIN}\n\n{as_table(headers, rows)}"
         )
     parts.append(f"## Order of methods\n\n{order_note(study)}")
     for measure, (title, _) in kind_of(study).measures.items():

@@ -1,0 +1,48 @@
+"""docs/results.md shows the figures of docs/results/*.json to the last digit.
+
+A comment ``<!-- FILE.json: TABLE ARGUMENT -->`` stands above each table that a study's code makes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from eval.studies import text
+
+DOCS = Path(__file__).parents[1] / "docs"
+TABLES = {
+    "methods": lambda study, pair: text.as_table(*text.pair_table(study, pair, {})),
+    "tests": lambda study, measure: text.as_table(*text.tests_table(study, measure)),
+    "sweep": lambda study, pair: text.as_table(*text.sweep_table(study, pair)),
+    "cheapest": lambda study, pair: "\n".join(f"- {line}" for line in text.sweep_lines(study, pair)),
+    "order": lambda study, measure: "\n".join(f"- {line}" for line in text.order_lines(study, measure)),
+}
+BLOCK = re.compile(r"^<!-- (\S+\.json): (\w+) (\S+) -->\n\n(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall((DOCS / "results.md").read_text(encoding="utf-8"))
+
+
+def squeezed(table: str) -> str:
+    """The table without the spaces and dashes that align it."""
+    return re.sub(r"-{3,}", "---", re.sub(r" +", " ", table.strip()))
+
+
+@pytest.mark.parametrize(("name", "table", "argument", "shown"), BLOCKS, ids=lambda value: value[:40])
+def test_tables_are_those_of_the_study(name, table, argument, shown):
+    content = json.loads((DOCS / "results" / name).read_text(encoding="utf-8"))
+    made = TABLES[table](content.get("study", content), argument)
+    assert squeezed(shown) == squeezed(made), f"docs/results.md should have\n{made}"
+
+
+def test_every_study_is_shown():
+    shown = {name for name, *_ in BLOCKS}
+    held = {
+        path.name
+        for path in (DOCS / "results").glob("*.json")
+        if {"over_seeds", "order"} <= json.loads(path.read_text(encoding="utf-8")).get("study", {}).keys()
+        or {"over_seeds", "order"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    }
+    assert shown == held
