@@ -20,9 +20,9 @@ binarise, train, average, evaluate, calibrate, analyse, report. Ends with DIR/re
                           if these are fewer, and the report says so
   --sweep T               evaluate at this threshold too, on the validation and the test set; repeatable. Only XMoE's
                           router has a threshold; others are left as they are
-  --calibrate GOAL        a price of inference, evaluated beside the model as trained: loss:BITS, the cheapest threshold that
-                          loses no more on the validation set, or budget:X, FLOPs of the MoE layers / dense FFN; repeatable
-                          (default: loss:0.01); none leaves it out
+  --calibrate GOAL        calibrate a copy of the model and evaluate it, too: loss:BITS takes the cheapest threshold that
+                          loses at most BITS on the validation set, budget:X the best one whose MoE layers cost X times
+                          the dense FFN's FLOPs; repeatable (default: loss:0.01); none leaves it out
   --max-tokens N          tokens in one batch of the evaluation (default: 4096)
   --device NAME           cpu, cuda or auto (default: auto; training uses all GPUs that CUDA_VISIBLE_DEVICES shows)
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;

@@ -5,8 +5,9 @@ usage() {
 Usage: scripts/run_pair.sh --pair SRC-TGT --train PREFIX --valid PREFIX --test PREFIX --out DIR [options]
 
 From raw parallel text (PREFIX.SRC and PREFIX.TGT, one segment a line, UTF-8) to a scored translation model:
-validate, subwords, encode, binarise, lengths, train, average, generate, detokenise, score, calibrate, analyse, evaluate, report.
-Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the translations in DIR/translations/test.TGT.
+validate, subwords, encode, binarise, lengths, train, average, generate, detokenise, score, calibrate, analyse,
+evaluate, report. Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/scores.json and the
+translations in DIR/translations/test.TGT.
 
   --config FILE           a YAML of train_configs/ (default: train_configs/small/xmoe.yaml)
   --set KEY=VALUE         change one setting of the YAML, e.g. --set optimization.max_update=2000; repeatable
@@ -19,9 +20,10 @@ Ends with DIR/report.md, DIR/report.html (figures and a routing explorer), DIR/s
   --vocab-size N          subwords (default: 8000; for subword-nmt: merges)
   --average WHICH:N       checkpoints to average: last:N (default: last:5) or best:N by validation loss; all there are
                           if these are fewer, and the report says so
-  --calibrate GOAL        a price of inference, scored beside the model as trained: loss:BITS, the cheapest threshold that
-                          loses no more on the validation set, or budget:X, FLOPs of the MoE layers / dense FFN; repeatable
-                          (default: loss:0.01); none leaves it out. Only XMoE's router has a threshold; others are left as they are
+  --calibrate GOAL        calibrate a copy of the model and score it, too: loss:BITS takes the cheapest threshold that loses
+                          at most BITS on the validation set, budget:X the best one whose MoE layers cost X times the
+                          dense FFN's FLOPs; repeatable (default: loss:0.01); none leaves it out. Models without XMoE's
+                          router stay as they are
   --beam N                beam of the translation (default: 5)
   --lenpen X              length penalty of the translation (default: 1.0)
   --model-overrides TEXT  passed to fairseq-generate, e.g. "{'moe_threshold': 0.7}"

@@ -1,4 +1,4 @@
-"""Measured and counted numbers of the pages are those of the result files and of the code; repeated ones agree."""
+"""Measured and counted numbers of the pages are those of the result files and of the code; lists of stages, too."""
 
 from __future__ import annotations
 
@@ -184,3 +184,15 @@ def test_the_benchmarks_quote_the_experts_per_token_of_the_results():
     experts = float(re.search(r"XMoE [\d.]+ and ([\d.]+)\.", section)[1])
     shown = in_order(r"a token wants ([\d.]+) of 16 experts, ([\d.]+) times the dense FLOPs", BENCHMARKS)
     assert_shown(shown, [experts, experts * 512 / 1024], 0.1)
+
+
+def test_the_stages_that_the_page_lists_are_those_of_the_scripts():
+    page = " ".join(page_text("docs/pipeline.md").split())
+    train = re.findall(r"^ *stage (\w+)", page_text("scripts/model_run.sh"), re.MULTILINE)
+    for script, pattern in (("run_pair", r"Its stages are ([\w, ]+)\."), ("run_lm", r"with the stages ([\w, ]+)\.")):
+        code = page_text(f"scripts/{script}.sh")
+        stages = re.findall(r"^ *stage (\w+)", code, re.MULTILINE)
+        told = re.search(pattern, page)[1].split(", ")
+        assert [name for name in told if name not in train] == [name for name in stages if name != "test_data"]
+        assert set(train) <= set(told)
+        assert re.search(rf"model:\s+{', '.join(told)}\.", " ".join(code.split())), f"{script}: its usage lists others"
