@@ -28,6 +28,10 @@ def row(folder: str) -> list[str]:
     """One run's cells. Raises: FileNotFoundError, ValueError if ``folder`` has no complete scores.json."""
     path = Path(folder) / "scores.json"
     report = files.read_json(path)
+    if "language" in report:
+        raise ValueError(
+            f"{path}: a language model's run, which has no BLEU; xmoe report lays perplexities side by side"
+        )
     try:
         # without an analysis scores.json has only the routing of the last validation
         routing, training = report["routing"]["valid"]["overall"], report["training"]

@@ -219,3 +219,7 @@ def test_the_table_has_a_row_for_each_run(pieces, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert rows[2] == rows[3] == [folder.name, "61.23", "70.00", "6", "1.75", "0.88", "1234", "2.000"]
     assert run_table.main([str(folder / "none")]) == 1
+    assert "no such file" in capsys.readouterr().err.lower()
+    (folder / "scores.json").write_text('{"language": "en"}')
+    assert run_table.main([str(folder)]) == 1
+    assert "a language model's run, which has no BLEU" in capsys.readouterr().err
