@@ -1,3 +1,5 @@
+"""Averaging checkpoints: exact means, the choice of checkpoints, and refusals."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Reading and writing checkpoint files: damage, truncation and unsafe types are refused, writing is atomic."""
+
 import os
 import pickle
 import random

@@ -1,3 +1,5 @@
+"""Dense checkpoints as mixtures of experts: equal outputs at the start, and refusals."""
+
 import pytest
 import torch
 

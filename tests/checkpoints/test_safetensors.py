@@ -1,3 +1,5 @@
+"""Export to safetensors and back: equal tensors, no machine paths, checksums."""
+
 import json
 
 import pytest

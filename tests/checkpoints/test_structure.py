@@ -1,3 +1,5 @@
+"""Tensors against settings of a checkpoint, counted parameters, descriptions."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Stock fairseq reads, resumes, copies and broadcasts checkpoints safely."""
+
 import argparse
 import logging
 import os
