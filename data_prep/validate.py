@@ -194,9 +194,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     held_out_help = "development and test texts: checked, too, and how much of them the others repeat"
     parser.add_argument("--held-out", nargs="+", default=[], metavar="PREFIX", help=held_out_help)
-    parser.add_argument(
-        "--json", metavar="FILE", help="write lines, words, bytes, and what held-out texts share with others"
-    )
+    out_help = "JSON of lines, words, bytes, and what held-out texts share with others"
+    parser.flag("--out", old="--json", help=out_help)
     args = parser.parse_args(argv)
     if not args.prefixes + args.held_out:
         parser.error("give at least one PREFIX")
@@ -224,8 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(report.total for report in reports.values()):
         return 1
     found = overlaps(args.prefixes, args.held_out, *languages) if args.held_out else {}
-    if args.json:
-        _write_json(args.json, reports, found)
+    if args.out:
+        _write_json(args.out, reports, found)
     told = [_report_overlap(prefix, overlap, args) for prefix, overlap in found.items()]
     return 0 if all(told) else 1
 

@@ -76,7 +76,7 @@ check_training() { # check_training [FLAG...]: flags of eval.run.training_settin
     local facts code=0
     facts=$(training_facts)
     mapfile -t facts <<<"$facts"
-    python -m eval.run.training_settings check --checkpoints "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
+    python -m eval.run.training_settings check --save-dir "$checkpoints" "${configuration[@]}" "${facts[@]/#/--fact=}" "$@" ||
         code=$?
     ((code != 2)) || die "the training cannot be continued with these settings. Give another --out and keep both, or add \
 --restart, which renames $out and begins anew; nothing was changed" 2

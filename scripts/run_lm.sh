@@ -88,7 +88,7 @@ vocabulary=$data_bin/dict.txt
 stages=(validate subwords encode binarise train average evaluate calibrate analyse report)
 
 validate() {
-    run python -m data_prep.validate --language "$language" "$train" --held-out "$valid" "$test" --json "$out/text.json"
+    run python -m data_prep.validate --language "$language" "$train" --held-out "$valid" "$test" --out "$out/text.json"
 }
 
 learn_subwords() {

@@ -7,8 +7,8 @@ from typing import Any
 from tabulate import tabulate
 
 from eval.run.evidence import cost_line, evidence_rows
-from eval.score import format_table
 from eval.text import files
+from eval.text.scoring import format_table
 
 _ROUTED = {
     "test": "Of the checkpoint that translated, on the test set (teacher forcing), with the settings of the "

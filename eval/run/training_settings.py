@@ -18,12 +18,12 @@ from xmoe_fairseq.command_line import CommandParser, command_parser, reports_err
 
 def _check(args: argparse.Namespace) -> int:
     settings, facts = read_settings(args.config, args.set), dict(fact.split("=", 1) for fact in args.fact)
-    training = Training(args.checkpoints)
+    training = Training(args.save_dir)
     try:
         changed = training.check(settings, facts)
     except OtherTraining as other:
         where = "an unknown update" if other.updates is None else f"update {other.updates}"
-        print(f"the training in {args.checkpoints}, at {where}, was begun with other settings:", file=sys.stderr)
+        print(f"the training in {args.save_dir}, at {where}, was begun with other settings:", file=sys.stderr)
         for line in other.differences:
             print(f"  {line}", file=sys.stderr)
         return 2
@@ -51,7 +51,7 @@ def _parser() -> CommandParser:
         sub = commands.add_parser(name, help=what)
         sub.add_argument("--config", required=True, metavar="YAML", help="a file of train_configs/")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes one setting of it")
-    sub.add_argument("--checkpoints", required=True, metavar="DIR", help="of the training")
+    sub.add_argument("--save-dir", required=True, metavar="DIR", help="folder of the training's checkpoints")
     sub.add_argument("--fact", action="append", default=[], metavar="NAME=VALUE", help="what else must not change")
     sub.add_argument("--state", action="store_true", help="print fresh, continue N or done N (N updates)")
     sub.add_argument("--write", action="store_true", help="note the settings in DIR/settings.json")

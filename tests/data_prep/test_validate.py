@@ -144,7 +144,7 @@ def test_held_out_pairs_in_the_training_text_are_counted(tmp_path, capsys):
             (tmp_path / f"{name}.{code}").write_text("".join(f"{pair[side]}\n" for pair in pairs), encoding="utf-8")
     prefixes = {name: str(tmp_path / name) for name in texts}
     out = tmp_path / "overlap.json"
-    arguments = ["--pair", "uk-en", prefixes["train"], "--json", str(out), "--held-out"]
+    arguments = ["--pair", "uk-en", prefixes["train"], "--out", str(out), "--held-out"]
     assert module.main([*arguments, prefixes["test"], prefixes["new"]]) == 0
     error = capsys.readouterr().err
     assert f"warning: 1 of 2 pairs of {prefixes['test']} are in the training text (2 by their source)" in error
@@ -161,7 +161,7 @@ def test_text_of_one_language_is_checked_measured_and_compared(tmp_path, capsys)
     for name, content in {"train": "a cat\nthe dog\n", "test": "the dog\n п\nnew\n"}.items():
         (tmp_path / f"{name}.en").write_text(content, encoding="utf-8")
     train, test, out = (str(tmp_path / name) for name in ("train", "test", "text.json"))
-    assert module.main(["--language", "en", train, "--held-out", test, "--json", out]) == 0
+    assert module.main(["--language", "en", train, "--held-out", test, "--out", out]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [f"{train}.en: 2 valid lines", f"{test}.en: 3 valid lines"]
     assert f"warning: 1 of 3 lines of {test} are in the training text" in captured.err

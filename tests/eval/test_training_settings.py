@@ -32,7 +32,7 @@ def training(tmp_path):
     folder.mkdir()
 
     def check(*arguments):
-        fixed = ("check", "--checkpoints", str(folder), "--config", str(tmp_path / "tiny.yaml"))
+        fixed = ("check", "--save-dir", str(folder), "--config", str(tmp_path / "tiny.yaml"))
         return training_settings.main([*fixed, *arguments])
 
     assert check("--write", *FACTS) == 0
