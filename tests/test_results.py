@@ -30,7 +30,7 @@ def squeezed(table: str) -> str:
     return re.sub(r"-{3,}", "---", re.sub(r" +", " ", table.strip()))
 
 
-@pytest.mark.parametrize(("name", "table", "argument", "shown"), BLOCKS, ids=lambda value: value[:40])
+@pytest.mark.parametrize(("name", "table", "argument", "shown"), BLOCKS, ids=[" ".join(b[:3]) for b in BLOCKS])
 def test_tables_are_those_of_the_study(name, table, argument, shown):
     content = json.loads((DOCS / "results" / name).read_text(encoding="utf-8"))
     made = TABLES[table](content.get("study", content), argument)
