@@ -86,7 +86,7 @@ def test_the_layer_alone_runs_from_the_wheel_and_what_it_declares(wheel, tmp_pat
         files = {name for name in archive.namelist() if name.startswith("xmoe_fairseq/")}
     assert f"\nVersion: {__version__}\n" in told
     extras = set(re.findall(r"^Provides-Extra: (\S+)$", told, re.MULTILINE))
-    assert extras == {"fairseq", "safetensors", "triton", "dev"}
+    assert extras == {"completion", "fairseq", "safetensors", "triton", "dev"}
     ours = subprocess.run(["git", "ls-files", "xmoe_fairseq"], cwd=ROOT, capture_output=True, text=True, check=False)
     if ours.returncode == 0:  # not in a copy without its history
         assert set(ours.stdout.split()) <= files
