@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -42,6 +43,11 @@ def add_device_flag(parser: CommandParser) -> None:
 
 def add_out_flag(parser: CommandParser) -> None:
     parser.flag("--out", help="where the JSON goes (default: benchmarks/results/)")
+
+
+def fairseq(tool: str) -> list[str]:
+    """The command ``fairseq-TOOL`` of this interpreter, which need not be in PATH."""
+    return [sys.executable, "-m", f"fairseq_cli.{tool}"]
 
 
 def settle_memory() -> None:

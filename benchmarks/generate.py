@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import add_device_flag, add_out_flag, table, write_result
+from benchmarks.common import add_device_flag, add_out_flag, fairseq, table, write_result
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
@@ -52,7 +52,7 @@ class Search(NamedTuple):
 
 def generate(path: str, overrides: str, search: Search, options: argparse.Namespace) -> Run:
     """One run of fairseq-generate in a process of its own."""
-    command = ["fairseq-generate", options.data, "--user-dir", USER_DIR, "--path", path, "--quiet"]
+    command = [*fairseq("generate"), options.data, "--user-dir", USER_DIR, "--path", path, "--quiet"]
     command += ["--beam", search.beam, "--batch-size", search.batch_size, "--required-batch-size-multiple", 1]
     command += ["--model-overrides", overrides, "--num-workers", 0]
     command += ["--cpu"] if options.device == "cpu" else []

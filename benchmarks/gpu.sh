@@ -107,18 +107,8 @@ run_generate() {
         --out "$out/gpu-generate.json"
 }
 
-with_fairseq() { # fairseq's commands in PATH, from the interpreter itself where none are installed
-    local name
-    PATH=$(dirname "$(command -v "$python")"):$PATH
-    [[ -z $dry_run ]] || return 0
-    "$python" -c 'import fairseq' || die "this part needs fairseq, which $python does not have"
-    command -v fairseq-train >/dev/null && return
-    shims=$(mktemp -d)
-    for name in preprocess train generate; do
-        printf '#!/bin/sh\nexec "%s" -m fairseq_cli.%s "$@"\n' "$python" "$name" >"$shims/fairseq-$name"
-        chmod +x "$shims/fairseq-$name"
-    done
-    PATH=$shims:$PATH
+with_fairseq() {
+    [[ -n $dry_run ]] || "$python" -c 'import fairseq' || die "this part needs fairseq, which $python does not have"
 }
 
 run_compare() {
@@ -133,14 +123,12 @@ cd "$root"
     "$python" -c 'import torch, triton
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)' | tee "$out/gpu-device.txt"
 }
-shims=''
 failed=()
 for part in "${parts[@]}"; do
     part_start=$SECONDS
     set +e # in a condition, bash would run on after a failing command of the part
     (
         set -e
-        trap '[[ -z $shims ]] || rm -r "$shims"' EXIT
         "run_$part"
     )
     code=$?

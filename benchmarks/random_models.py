@@ -19,6 +19,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 import xmoe_fairseq  # noqa: F401  registers the architectures
+from benchmarks.common import fairseq
 from xmoe_fairseq.checkpoints.files import load_checkpoint, save_checkpoint
 from xmoe_fairseq.checkpoints.quantise import quantise_checkpoint
 
@@ -48,7 +49,7 @@ def make_data(folder: Path, sentences: int) -> Path:
     for language in ("xx", "yy"):
         text = "".join(" ".join(source.choices(symbols, k=source.randint(10, 40))) + "\n" for _ in range(sentences))
         (folder / f"test.{language}").write_text(text)
-    command = ["fairseq-preprocess", "-s", "xx", "-t", "yy", "--joined-dictionary", "--srcdict", folder / "dict.txt"]
+    command = [*fairseq("preprocess"), "-s", "xx", "-t", "yy", "--joined-dictionary", "--srcdict", folder / "dict.txt"]
     command += ["--testpref", folder / "test", "--destdir", folder / "bin"]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return folder / "bin"

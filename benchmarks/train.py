@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import add_device_flag, add_out_flag, table, write_result
+from benchmarks.common import add_device_flag, add_out_flag, fairseq, table, write_result
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
 
 USER_DIR = Path(__file__).resolve().parents[1] / "xmoe_fairseq"
@@ -35,7 +35,7 @@ def make_data(folder: Path, lines: int = 4000) -> Path:
             text = "".join(" ".join(source.choices(words, k=source.randint(5, 40))) + "\n" for _ in range(lines))
             (folder / f"{split}.{language}").write_text(text)
         lines = 40
-    command = ["fairseq-preprocess", "-s", "xx", "-t", "yy", "--joined-dictionary", "--destdir", f"{folder}/bin"]
+    command = [*fairseq("preprocess"), "-s", "xx", "-t", "yy", "--joined-dictionary", "--destdir", f"{folder}/bin"]
     command += ["--trainpref", f"{folder}/train", "--validpref", f"{folder}/valid"]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "bin"
