@@ -72,6 +72,8 @@ NAN, INF = float("nan"), float("inf")
             {"router": "hash", "z_loss_weight": 0.1},
             r"moe_z_loss_weight \(0.1\) has no effect with moe_router hash; set it to 0.0",
         ),
+        ({"gate_init_scale": 0.0}, r"moe_gate_init_scale \(0.0\) must be > 0; 1 starts as published"),
+        ({"router": "hash", "gate_init_scale": 4.0}, r"moe_gate_init_scale \(4.0\) has no effect with moe_router hash"),
         ({"router": "hash", "input_jitter": 0.1}, r"moe_input_jitter \(0.1\) has no effect with moe_router hash"),
         (
             {"router": "hash", "normalize_weights": True},

@@ -20,6 +20,7 @@ _GAMMA: dict[str, Any] = {
 }
 _OFF_AT_ZERO: dict[str, Any] = {"check": not_negative, "allowed": "not be negative; 0 turns it off"}
 _COUNT: dict[str, Any] = {"check": at_least_one, "allowed": "be at least 1, a whole number"}
+_FACTOR: dict[str, Any] = {"check": positive, "allowed": "be > 0; 1 starts as published"}
 _SHARE: dict[str, Any] = {"check": below_one, "allowed": "be in [0, 1)"}
 
 
@@ -41,6 +42,8 @@ class MoEConfig:
             are not given.
         normalize_weights: as in Mixtral (arXiv 2401.04088); XMoE's weights are the raw probabilities (Eq 2).
         input_jitter: as in Switch (arXiv 2101.03961).
+        gate_init_scale: at 1, the logits of layer-normed inputs begin with a standard deviation of 1 / sqrt(3), so that
+            nearly all experts are needed for a threshold of 0.9 (docs/results.md).
         z_loss_weight: of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
         shared_expert_dim: as in DeepSeekMoE (arXiv 2401.06066).
         dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
@@ -68,6 +71,9 @@ class MoEConfig:
     token_adapter: bool = declare(False, bool, "MEO's token-level adapter before each merged map")
     normalize_weights: bool = declare(False, bool, "divide a token's weights by their sum over its chosen experts")
     input_jitter: float = declare(0.0, float, "in training the router sees x * U(1 - j, 1 + j)", **_SHARE)
+    gate_init_scale: float = declare(
+        1.0, float, "factor of the gate's first weights; above 1 a new router is more decided", **_FACTOR
+    )
     z_loss_weight: float = declare(0.0, float, "weight of the router z-loss", **_OFF_AT_ZERO)
     shared_expert_dim: int = declare(0, int, "hidden units of an FFN every token passes; 0: none", **_OFF_AT_ZERO)
     dense_dim: int | None = declare(None, int, "of the FFN replaced", flat="dense_dim", optional=True, **_COUNT)

@@ -39,10 +39,10 @@ class MergedMoELayer(MoELayer):
     """
 
     own_defaults = {"router": "top_k", "capacity_factor": None}  # noqa: RUF012
-    # the gates of merged experts sum to 1, and SentenceGate adds its own noise
+    # the gates of merged experts sum to 1 and begin at 0, and SentenceGate adds its own noise
     unused = (
-        *("normalize_weights", "input_jitter", "router_noise", "z_loss_weight", "shared_expert_dim"),
-        *("weights", "compute"),
+        *("normalize_weights", "input_jitter", "router_noise", "gate_init_scale", "z_loss_weight"),
+        *("shared_expert_dim", "weights", "compute"),
     )
 
     @classmethod

@@ -31,7 +31,7 @@ class HashRouter(Router):
     """
 
     seed: Tensor
-    unused = ("normalize_weights", "input_jitter", "z_loss_weight")
+    unused = ("normalize_weights", "input_jitter", "gate_init_scale", "z_loss_weight")
     weights_by_softmax = False
     settings = (
         Setting(

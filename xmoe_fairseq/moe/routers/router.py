@@ -59,6 +59,8 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(self.num_gates(config), config.embed_dim))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        with torch.no_grad():
+            self.weight.mul_(config.gate_init_scale)
 
     @classmethod
     def check(cls, config: MoEConfig) -> None:
