@@ -121,7 +121,7 @@ def test_frozen_experts_and_a_frozen_router(compute: str) -> None:
 
 
 def test_auto_chooses_by_shape_and_computes_the_same() -> None:
-    wide = {"embed_dim": 16, "expert_dim": 512, "num_experts": 4, "capacity_factor": None}
+    wide = {"embed_dim": 64, "expert_dim": 1024, "num_experts": 4, "capacity_factor": None}
     cases = [
         ("loop", 2, {"top_k": 1}),  # two experts to read, not four
         ("bmm", 400, {"top_k": 2, "capacity_factor": 1.0}),
@@ -134,6 +134,9 @@ def test_auto_chooses_by_shape_and_computes_the_same() -> None:
     uneven = tiny_layer("switch", **wide)
     with torch.no_grad():
         uneven.router.weight[0] += 3 * uneven.router.weight.abs().max()
-    x = tokens(400, width=16) + 0.5
+    x = tokens(400, width=64) + 0.5
     plan = uneven(x)[1]
     assert choose_path(uneven.config, plan, torch.float32) == "loop"
+    # two GEMMs of small matrices cost more than one batched GEMM of four
+    small = tiny_layer("top_k", **{**wide, "embed_dim": 16, "top_k": 1})
+    assert choose_path(small.config, plan_of(small, 2), torch.float32) == "bmm"

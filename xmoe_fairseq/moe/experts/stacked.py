@@ -36,9 +36,10 @@ from .layouts import LAYOUTS, RowLayout, groupable, has_grouped_kernel
 
 # Gathering and combining one row takes as long as computing this many hidden units (CPU, float32).
 GATHER_UNITS = 42
-# Costs on a CPU in rows of a batched GEMM: reading a matrix, in a batched GEMM and in one of its own, and a row of the
-# latter. Fitted to 5 to 4096 tokens, 32 x 2048 to 128 x 512, float32 and bfloat16; not measured on a GPU.
-BATCHED_START, SINGLE_START, SINGLE_ROW = 22, 33, 1.3
+# Costs on a CPU in rows of a GEMM: reading a matrix (half precision: 1.5 times as much, since its rows take a third of
+# the time), and each further thread for a GEMM of its own. Such a GEMM also has a fixed cost, here in multiply-adds.
+# Fitted to 256 to 8192 tokens, 8 x 4096 to 128 x 512 and 32 x 128, one and two threads, float32 and bfloat16.
+MATRIX_ROWS, HALF_MATRIX_ROWS, ROWS_PER_THREAD, CALL_COST = 22, 33, 11, 800_000
 # On a GPU without a grouped kernel one batched GEMM may compute so many rows for each real one, or so many in all.
 PADDING, FEW_ROWS = 4, 16384
 # torch's grouped GEMM takes fewer groups than this.
@@ -138,9 +139,12 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
         return "grouped"
     if not host.on_cpu(plan.count_E) and config.num_experts * int(plan.count_E.max()) <= PADDING * rows + FEW_ROWS:
         return "bmm"  # a GEMM for each expert costs launches
-    batched = config.num_experts * (BATCHED_START + int(plan.count_E.max()))
-    single = SINGLE_START * int(plan.count_E.count_nonzero()) + SINGLE_ROW * rows
-    return "bmm" if batched <= single else "loop"
+    is_half = dtype.itemsize < torch.float32.itemsize
+    matrix = HALF_MATRIX_ROWS if is_half else MATRIX_ROWS
+    call = (3 if is_half else 1) * CALL_COST / (config.embed_dim * config.expert_dim)
+    batched = config.num_experts * (matrix + int(plan.count_E.max()))
+    start = matrix + ROWS_PER_THREAD * (torch.get_num_threads() - 1) + call
+    return "bmm" if batched <= int(plan.count_E.count_nonzero()) * start + rows else "loop"
 
 
 def compute_dtype(x_TD: Tensor) -> torch.dtype:
