@@ -57,7 +57,12 @@ def run(study: Study, out: Path, workers: int) -> tuple[list[Job], bool]:
             for pair in study.pairs
         ],
         [
-            Job(cell.name, study.cell_command(cell, out), logs / f"{cell.name.replace('/', '.')}.log")
+            Job(
+                cell.name,
+                study.cell_command(cell, out),
+                logs / f"{cell.name.replace('/', '.')}.log",
+                done_before=(out / "cells" / cell.name / "scores.json").exists(),
+            )
             for cell in study.cells()
         ],
     ]

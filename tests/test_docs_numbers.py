@@ -64,7 +64,9 @@ def test_whole_programs_are_those_of_the_result_files():
         assert_shown(shown[:2], [sparse["words/s"], dense["words/s"]], 1)
         assert_shown(shown[2:], [sparse["ratio"]], 0.01)
     ratios = {row["model"]: row["ratio"] for row in result_rows("-generate-cpu.json")}
-    pattern = r"XMoE as trained ([\d.]+) .*? at the dense price ([\d.]+), Switch ([\d.]+), top-2 ([\d.]+) \(`generate-cpu"
+    pattern = (
+        r"XMoE as trained ([\d.]+) .*? at the dense price ([\d.]+), Switch ([\d.]+), top-2 ([\d.]+) \(`generate-cpu"
+    )
     names = ("xmoe", "xmoe, dense price", "switch", "top-2")
     assert_shown(in_order(pattern, BENCHMARKS), [ratios[name] for name in names], 0.01)
     dense, sparse, int8 = result_rows("-generate-random-cpu.json")

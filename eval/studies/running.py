@@ -20,12 +20,14 @@ class Job:
     """One command and its result.
 
     Attributes:
+        done_before: an earlier run has finished it, so it takes seconds and tells nothing about the others.
         code: its exit code; None while it has not ended.
     """
 
     name: str
     command: Sequence[str]
     log: Path
+    done_before: bool = False
     code: int | None = None
     seconds: float = 0.0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -107,12 +109,12 @@ class Runner:
         return f"{place}: done in {duration(job.seconds)}{rest}"
 
     def _seconds_left(self) -> float | None:
-        """The estimate from the mean time of jobs that succeeded, with running jobs counted as half done."""
-        times = [job.seconds for job in self.ended if job.code == 0]
-        open_jobs = len(self.waiting) + len(self.running) / 2
-        if not times or not open_jobs:
+        """The estimate from the mean time of jobs that did their work here, with running jobs counted as half done."""
+        times = [job.seconds for job in self.ended if job.code == 0 and not job.done_before]
+        waiting, running = (sum(not job.done_before for job in jobs) for jobs in (self.waiting, self.running))
+        if not times or not waiting + running:
             return None
-        return sum(times) / len(times) * open_jobs / min(self.workers, max(len(self.waiting) + len(self.running), 1))
+        return sum(times) / len(times) * (waiting + running / 2) / min(self.workers, waiting + running)
 
 
 def duration(seconds: float) -> str:

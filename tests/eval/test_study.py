@@ -195,6 +195,17 @@ def test_a_failed_job_does_not_stop_the_others_and_a_stop_starts_no_more(tmp_pat
     assert [duration(s) for s in (45, 600, 12000)] == ["45 s", "10 min", "3 h 20 min"]
 
 
+def test_the_time_left_is_that_of_cells_which_an_earlier_run_has_not_finished(tmp_path):
+    jobs = [Job(str(number), [], tmp_path / "log", done_before=number < 2) for number in range(6)]
+    runner = Runner(jobs, 2, print)
+    runner.waiting, runner.running, runner.ended = jobs[4:], jobs[3:4], jobs[:2]
+    for job, seconds in zip(jobs, (1.0, 2.0, 600.0), strict=False):
+        job.code, job.seconds = 0, seconds
+    assert runner._seconds_left() is None  # nothing but what was done before
+    runner.ended = jobs[:3]
+    assert runner._seconds_left() == 600 * (2 + 0.5) / 2
+
+
 LM_STUDY = """
 pairs:
   en: {train: t, valid: v, test: TEST}
