@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..compiling import not_compiled
 from ..config import MoEConfig
 from ..plan import RoutingPlan
 from ..quantised.experts import QUANTISED
@@ -95,7 +96,7 @@ class ParallelExperts(Experts):
             local.register_hook(_mean_over_ranks)
             setattr(self, name, local)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # communicates
+    @not_compiled  # communicates
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts, on any rank, of weight * expert(x): (T, D)."""
         device = x_TD.device.type

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import host, kernels
 from ..activations import ACTIVATIONS, Activation
+from ..compiling import not_compiled
 from ..config import MoEConfig
 from ..plan import RoutingPlan
 from . import few_rows
@@ -78,7 +79,7 @@ class Experts(nn.Module):
         }
 
     # a graph break, because row counts depend on data and would recompile the graph
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def forward(self, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         """Sum over each token's kept experts of weight * expert(x): (T, D), dtype of ``x_TD`` or of autocast."""
         dtype = compute_dtype(x_TD)
