@@ -11,8 +11,8 @@ from typing import Any
 from tabulate import tabulate
 
 from eval.perplexity import in_units_of_text, text_sizes
-from eval.run.figures import resolved_config, training_figures, versions
-from eval.run.report_text import routing_table, three_digits
+from eval.run.figures import calibrations, kept_of_calibration, resolved_config, training_figures, versions
+from eval.run.report_text import routing_table, three_digits, write_report
 from eval.run.resume import changes
 from eval.run.training_log import read_records
 from eval.text import files
@@ -39,21 +39,14 @@ def calibrated_figures(paths: Sequence[str], sizes: dict[str, dict[str, int]], t
         tokens: number of tokens of the test set.
     """
     found: dict[str, Any] = {}
-    for path in paths:
-        report = files.read_json(path)
-        if report["after"] is None:
-            continue
-        (kind, value), *_ = report["goal"].items()
+    for goal, _, report in calibrations(paths):
         after = report["check"]["after"]
         test = {name: after[name] for name in ("loss_bits", "flops", "experts")}
         units = {
             "perplexity": 2 ** after["loss_bits"],
             **in_units_of_text(after["loss_bits"], tokens, sizes.get("test")),
         }
-        found[f"{kind.removeprefix('max_')}:{value:g}"] = {
-            **{name: report[name] for name in ("before", "after", "budget_met")},
-            "test": test | units,
-        }
+        found[goal] = kept_of_calibration(report) | {"test": test | units}
     return found
 
 
@@ -159,8 +152,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     report = collect(args)
-    files.write_json(Path(args.out) / "scores.json", report)
-    files.write_text(Path(args.out) / "report.md", to_markdown(report))
+    write_report(args.out, report, to_markdown(report))
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eval.run.evidence import at_length_limit, data_figures, inference_figures, routing_of
 from eval.run.figures import calibrated_figures, generation_speed, resolved_config, training_figures, versions
-from eval.run.report_text import ROUTING_FIGURES, to_markdown
+from eval.run.report_text import ROUTING_FIGURES, to_markdown, write_report
 from eval.run.resume import changes
 from eval.run.training_log import read_records
 from eval.text import files
@@ -110,8 +110,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     report = collect(args)
-    files.write_json(Path(args.out) / "scores.json", report)
-    files.write_text(Path(args.out) / "report.md", to_markdown(report))
+    write_report(args.out, report, to_markdown(report))
     return 0
 
 

@@ -64,15 +64,17 @@ read_flags() { # read_flags ARGUMENT...
             continue
         fi
         need_value "$word" $#
-        case $variable in
-        *'[]')
-            variable=${variable%'[]'}
-            eval "$variable+=(\"\$2\")"
-            ;;
-        *) printf -v "$variable" '%s' "$2" ;;
-        esac
+        keep_value "$variable" "$2"
         shift 2
     done
+}
+
+keep_value() { # keep_value VARIABLE VALUE, or ARRAY[] VALUE, which appends
+    if [[ $1 == *'[]' ]]; then
+        eval "${1%'[]'}+=(\"\$2\")"
+    else
+        printf -v "$1" '%s' "$2"
+    fi
 }
 
 flag_name() { # flag_name --NAME=VALUE

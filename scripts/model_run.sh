@@ -5,6 +5,7 @@
 #   task_words      array: settings of fairseq's task, as words of hydra
 #   vocabulary      a dictionary of the data
 #   training_facts  a function that prints NAME=VALUE lines: what the model depends on beside the settings of its YAML
+#   calibrate_copy  a function BASE FLAG VALUE that writes a calibrated copy to BASE.pt, its report to BASE.json, and scores it
 
 # What is set here is read by the scripts and by lib.sh.
 # shellcheck disable=SC2034
@@ -52,9 +53,12 @@ find_device() {
 
 # Takes the checked flags, whose paths are absolute by now, to what the stages use.
 settle_model_arguments() {
+    local goal
     read -ra launcher <<<"$launcher_words"
     ((${#goals[@]})) || goals=(loss:0.01)
     [[ ${goals[*]} != none ]] || goals=()
+    calibrations=()
+    for goal in ${goals[@]+"${goals[@]}"}; do calibrations+=("$out/calibrated/${goal/:/-}.json"); done
     user_dir=$root/xmoe_fairseq
     checkpoints=$out/checkpoints training_log=$out/train.log averaged=$checkpoints/averaged.pt calibrated=$out/calibrated
     analysis=$out/analysis.json evaluation=$out/evaluation.json
@@ -177,6 +181,34 @@ begin() {
         open_folder
     fi
     [[ ! -d $checkpoints ]] || check_training
+}
+
+open_run() {
+    cd "$root" || exit 1
+    if [[ -n $dry_run ]]; then
+        printf 'cd %q\n' "$root"
+    else
+        begin
+    fi
+}
+
+tell_that_data_are_ready() {
+    [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
+}
+
+tell_results() {
+    [[ -n $dry_run ]] || log "done: $out/report.md, ${analysis:+$out/report.html, }$out/scores.json"
+}
+
+# A cheaper copy of the model for each goal; a model without a threshold has none.
+calibrate() {
+    local goal flag
+    run mkdir -p "$calibrated"
+    for goal in "${goals[@]}"; do
+        flag=--budget
+        [[ $goal != loss:* ]] || flag=--max-loss
+        calibrate_copy "$calibrated/${goal/:/-}" "$flag" "${goal#*:}"
+    done
 }
 
 train_and_average() { # train_and_average DATA_FILE...

@@ -139,18 +139,10 @@ evaluate() {
         --out "$evaluation"
 }
 
-# A cheaper copy of the model for each goal; a model without a threshold has none.
-calibrate() {
-    local goal base flag
-    run mkdir -p "$calibrated"
-    for goal in "${goals[@]}"; do
-        base=$calibrated/${goal/:/-} flag=--budget
-        [[ $goal != loss:* ]] || flag=--max-loss
-        run rm -f "$base".{pt,json}
-        run python -m eval.calibrate --data "$data_bin" --checkpoint "$averaged" --out "$base.pt" "$flag" "${goal#*:}" \
-            --check-subset test --user-dir "$user_dir" --max-tokens "$max_tokens" --device "$device" --skip-others \
-            --report "$base.json"
-    done
+calibrate_copy() { # calibrate_copy BASE FLAG VALUE
+    run rm -f "$1".{pt,json}
+    run python -m eval.calibrate --data "$data_bin" --checkpoint "$averaged" --out "$1.pt" "$2" "$3" --check-subset test \
+        --user-dir "$user_dir" --max-tokens "$max_tokens" --device "$device" --skip-others --report "$1.json"
 }
 
 analyse() {
@@ -159,22 +151,15 @@ analyse() {
 }
 
 report() {
-    local goal cheaper=()
-    for goal in ${goals[@]+"${goals[@]}"}; do cheaper+=("$calibrated/${goal/:/-}.json"); done
     run python -m eval.lm_report --language "$language" --seed "$seed" --test-set "$test_set" --out "$out" \
         --config "$config" --training-log "$training_log" --checkpoint "$averaged" --evaluation "$evaluation" \
-        --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"} --text "$data_bin/text.json"
+        --commit-file "$checkpoints/commit.txt" ${calibrations[@]+--calibrated "${calibrations[@]}"} --text "$data_bin/text.json"
     [[ -n $analysis ]] || return 0
     run python -m eval.report "$language=$out" --out "$out/report.html"
 }
 
 main() {
-    cd "$root"
-    if [[ -n $dry_run ]]; then
-        printf 'cd %q\n' "$root"
-    else
-        begin
-    fi
+    open_run
     if [[ -z $prepared ]]; then
         stage validate validate "language=$language" -- "${raw_files[@]}"
         stage subwords learn_subwords "tool=$tool" "vocab_size=$vocab_size" -- "$train.$language"
@@ -182,7 +167,7 @@ main() {
         stage binarise binarise -- "$encoded"/{train,valid,test} "$subwords/dict.txt"
     fi
     if [[ -n $data_only ]]; then
-        [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
+        tell_that_data_are_ready
         return
     fi
     train_and_average "${training_data[@]}"
@@ -196,7 +181,7 @@ main() {
     fi
     stage report report "language=$language" "seed=$seed" "test_set=$test_set" "goals=${goals[*]-}" \
         "analysis=${analysis:+yes}" -- "$evaluation" "$training_log" ${analysis:+"$analysis"}
-    [[ -n $dry_run ]] || log "done: $out/report.md, ${analysis:+$out/report.html, }$out/scores.json"
+    tell_results
 }
 
 main

@@ -159,24 +159,18 @@ score() {
         --test-set "$test_set" --out "$out/score.json"
 }
 
-# A cheaper copy of the model for each goal, its translations and their scores; a model without a threshold has none.
-calibrate() {
-    local goal base flag
-    run mkdir -p "$calibrated"
-    for goal in "${goals[@]}"; do
-        base=$calibrated/${goal/:/-} flag=--budget
-        [[ $goal != loss:* ]] || flag=--max-loss
-        run rm -f "$base".{pt,json,score.json} "$base.$target_language"
-        run python -m eval.calibrate --data "$data_bin" --checkpoint "$averaged" --out "$base.pt" "$flag" "${goal#*:}" \
-            --user-dir "$user_dir" --model-overrides "$model_overrides" --device "$device" --skip-others --report "$base.json"
-        [[ -n $dry_run || -f $base.pt ]] || continue
-        run python -m eval.translate --checkpoint "$base.pt" --data "$data_bin" --user-dir "$user_dir" \
-            --source-lang "$source_language" --target-lang "$target_language" --subwords "$subwords" \
-            --input "$test.$source_language" --out "$base.$target_language" --beam "$beam" --lenpen "$lenpen" \
-            --max-len-a "$max_len_a" --max-len-b "$max_len_b" --max-tokens "$max_tokens" --device "$device"
-        run python -m eval.score --hypotheses "$base.$target_language" --references "$test.$target_language" \
-            --target-lang "$target_language" --test-set "$test_set" --out "$base.score.json"
-    done
+# The copy's translations and their scores stand beside it.
+calibrate_copy() { # calibrate_copy BASE FLAG VALUE
+    run rm -f "$1".{pt,json,score.json} "$1.$target_language"
+    run python -m eval.calibrate --data "$data_bin" --checkpoint "$averaged" --out "$1.pt" "$2" "$3" \
+        --user-dir "$user_dir" --model-overrides "$model_overrides" --device "$device" --skip-others --report "$1.json"
+    [[ -n $dry_run || -f $1.pt ]] || return 0
+    run python -m eval.translate --checkpoint "$1.pt" --data "$data_bin" --user-dir "$user_dir" \
+        --source-lang "$source_language" --target-lang "$target_language" --subwords "$subwords" \
+        --input "$test.$source_language" --out "$1.$target_language" --beam "$beam" --lenpen "$lenpen" \
+        --max-len-a "$max_len_a" --max-len-b "$max_len_b" --max-tokens "$max_tokens" --device "$device"
+    run python -m eval.score --hypotheses "$1.$target_language" --references "$test.$target_language" \
+        --target-lang "$target_language" --test-set "$test_set" --out "$1.score.json"
 }
 
 analyse() {
@@ -193,12 +187,10 @@ evaluate() {
 }
 
 report() {
-    local goal cheaper=()
-    for goal in ${goals[@]+"${goals[@]}"}; do cheaper+=("$calibrated/${goal/:/-}.json"); done
     run python -m eval.run_report --pair "$pair" --seed "$seed" --out "$out" --config "$config" \
         --training-log "$training_log" --checkpoint "$averaged" --score "$out/score.json" \
         --generation-log "$translations/generate.log" "$translations/generate.txt" --source "$test.$source_language" \
-        --commit-file "$checkpoints/commit.txt" ${cheaper[@]+--calibrated "${cheaper[@]}"} \
+        --commit-file "$checkpoints/commit.txt" ${calibrations[@]+--calibrated "${calibrations[@]}"} \
         --evaluation "$evaluation" ${analysis:+--analysis "$analysis"} --model-overrides "$model_overrides" \
         --data "$data_bin" --lengths "$out/lengths.json" --overlap "$out/overlap.json" \
         --cut "$encoded/test.$source_language.json" ${corpora:+--corpora "$corpora"} \
@@ -207,13 +199,7 @@ report() {
     run python -m eval.report "$pair=$out" --out "$out/report.html"
 }
 
-main() {
-    cd "$root"
-    if [[ -n $dry_run ]]; then
-        printf 'cd %q\n' "$root"
-    else
-        begin
-    fi
+prepare() {
     find_limits
     stage validate validate "pair=$pair" -- "${raw_files[@]}"
     if [[ -z $prepared ]]; then
@@ -226,8 +212,13 @@ main() {
             "$data_bin"/dict.{"$source_language","$target_language"}.txt
     fi
     stage lengths check_lengths "limits=${position_flags[*]}" -- "${training_data[@]}"
+}
+
+main() {
+    open_run
+    prepare
     if [[ -n $data_only ]]; then
-        [[ -n $dry_run ]] || log "the data are ready; the same command without --data-only trains"
+        tell_that_data_are_ready
         return
     fi
     train_and_average "${training_data[@]}"
@@ -249,7 +240,7 @@ main() {
         "${training_data[@]}"
     stage report report "pair=$pair" "seed=$seed" "goals=${goals[*]-}" "analysis=${analysis:+yes}" -- "$out/score.json" \
         "$evaluation" "$training_log" "$translations/generate.txt" ${analysis:+"$analysis"} ${corpora:+"$corpora"}
-    [[ -n $dry_run ]] || log "done: $out/report.md, ${analysis:+$out/report.html, }$out/scores.json"
+    tell_results
 }
 
 main

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,18 +106,24 @@ def calibrated_figures(paths: Sequence[str]) -> dict[str, Any]:
     A report of a model that has nothing to calibrate adds nothing.
     """
     found: dict[str, Any] = {}
+    for goal, path, report in calibrations(paths):
+        score = files.read_json(path.removesuffix(".json") + ".score.json")
+        found[goal] = kept_of_calibration(report) | {"scores": score["scores"], "hypotheses": score["hypotheses"]}
+    return found
+
+
+def calibrations(paths: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Goal such as ``loss:0.01``, path and content of each report of a model that has something to calibrate."""
     for path in paths:
         report = files.read_json(path)
-        if report["after"] is None:
-            continue
-        (kind, value), *_ = report["goal"].items()
-        score = files.read_json(path.removesuffix(".json") + ".score.json")
-        found[f"{kind.removeprefix('max_')}:{value:g}"] = {
-            **{name: report[name] for name in ("before", "after", "budget_met")},
-            "scores": score["scores"],
-            "hypotheses": score["hypotheses"],
-        }
-    return found
+        if report["after"] is not None:
+            (kind, value), *_ = report["goal"].items()
+            yield f"{kind.removeprefix('max_')}:{value:g}", path, report
+
+
+def kept_of_calibration(report: dict[str, Any]) -> dict[str, Any]:
+    """The part of a calibration's report that scores.json keeps."""
+    return {name: report[name] for name in ("before", "after", "budget_met")}
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -51,6 +52,12 @@ def to_markdown(report: dict[str, Any]) -> str:
     title = f"# {report['pair']}: {report['config']['model']['_name']}"
     parts = [title, summary(report, 5).rstrip(), price_table(report).rstrip(), f"## Run\n\n{table}"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_report(folder: str, report: dict[str, Any], markdown: str) -> None:
+    """Write scores.json and report.md of a run."""
+    files.write_json(Path(folder) / "scores.json", report)
+    files.write_text(Path(folder) / "report.md", markdown)
 
 
 def summary(report: dict[str, Any], num_samples: int) -> str:
