@@ -140,3 +140,13 @@ def test_auto_chooses_by_shape_and_computes_the_same() -> None:
     # two GEMMs of small matrices cost more than one batched GEMM of four
     small = tiny_layer("top_k", **{**wide, "embed_dim": 16, "top_k": 1})
     assert choose_path(small.config, plan_of(small, 2), torch.float32) == "bmm"
+
+
+def test_more_threads_favour_the_batched_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = tiny_layer("top_k", embed_dim=512, expert_dim=1024, num_experts=4, top_k=1, capacity_factor=None)
+    plan = plan_of(layer, 60)
+    chosen = {}
+    for threads in (1, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        chosen[threads] = choose_path(layer.config, plan, torch.float32)
+    assert chosen == {1: "loop", 8: "bmm"}
