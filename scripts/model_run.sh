@@ -57,11 +57,11 @@ settle_model_arguments() {
     read -ra launcher <<<"$launcher_words"
     ((${#goals[@]})) || goals=(loss:0.01)
     [[ ${goals[*]} != none ]] || goals=()
-    calibrations=()
-    for goal in ${goals[@]+"${goals[@]}"}; do calibrations+=("$out/calibrated/${goal/:/-}.json"); done
     user_dir=$root/xmoe_fairseq
     checkpoints=$out/checkpoints training_log=$out/train.log averaged=$checkpoints/averaged.pt calibrated=$out/calibrated
     analysis=$out/analysis.json evaluation=$out/evaluation.json
+    calibrations=()
+    for goal in ${goals[@]+"${goals[@]}"}; do calibrations+=("$calibrated/${goal/:/-}.json"); done
     [[ -z $no_analysis ]] || analysis=''
     # A training that a signal stopped leaves this file beside its checkpoint; torchrun gives out other codes than its ranks.
     stopped_by_signal=$checkpoints/stopped-by-signal

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 def not_compiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorator: as ``torch.compiler.disable``, a graph break, but it imports the compiler only while one compiles.
 
-    ``torch.compiler.disable`` imports it at once, which is a sixth of the start-up time of every command.
+    ``torch.compiler.disable`` imports it at once, which adds a second to the three that loading a model takes.
     """
     apart = _disable_dynamo(function)
 

@@ -138,12 +138,13 @@ def choose_path(config: MoEConfig, plan: RoutingPlan, dtype: torch.dtype) -> str
     fits = groupable(config.embed_dim, config.expert_dim, dtype=dtype) and config.num_experts < MOST_GROUPS
     if fits and has_grouped_kernel(plan.token_index_A.device, dtype):
         return "grouped"
-    if not host.on_cpu(plan.count_E) and config.num_experts * int(plan.count_E.max()) <= PADDING * rows + FEW_ROWS:
-        return "bmm"  # a GEMM for each expert costs launches
+    fullest = int(plan.count_E.max())
+    if not host.on_cpu(plan.count_E):  # a GEMM for each expert costs launches
+        return "bmm" if config.num_experts * fullest <= PADDING * rows + FEW_ROWS else "loop"
     is_half = dtype.itemsize < torch.float32.itemsize
     matrix = HALF_MATRIX_ROWS if is_half else MATRIX_ROWS
     call = (3 if is_half else 1) * CALL_COST / (config.embed_dim * config.expert_dim)
-    batched = config.num_experts * (matrix + int(plan.count_E.max()))
+    batched = config.num_experts * (matrix + fullest)
     start = matrix + ROWS_PER_THREAD * (torch.get_num_threads() - 1) + call
     return "bmm" if batched <= int(plan.count_E.count_nonzero()) * start + rows else "loop"
 

@@ -75,7 +75,7 @@ class BaseLayersRouter(Router):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
-        torch.nn.init.orthogonal_(self.weight, gain=0.1 * self.config.gate_init_scale)
+        torch.nn.init.orthogonal_(self.weight, gain=0.1 * config.gate_init_scale)
 
     @classmethod
     def experts_wanted(cls, config: MoEConfig) -> float | None:
