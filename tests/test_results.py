@@ -1,4 +1,4 @@
-"""docs/results.md shows the figures of docs/results/*.json to the last digit.
+"""docs/results.md and results-routers.md show the figures of docs/results/*.json to the last digit.
 
 A comment ``<!-- FILE.json: TABLE ARGUMENT -->`` stands above each table that a study's code makes.
 """
@@ -22,7 +22,8 @@ TABLES = {
     "order": lambda study, measure: "\n".join(f"- {line}" for line in text.order_lines(study, measure)),
 }
 BLOCK = re.compile(r"^<!-- (\S+\.json): (\w+) (\S+) -->\n\n(.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall((DOCS / "results.md").read_text(encoding="utf-8"))
+PAGES = sorted(DOCS.glob("results*.md"))
+BLOCKS = [block for page in PAGES for block in BLOCK.findall(page.read_text(encoding="utf-8"))]
 
 
 def squeezed(table: str) -> str:
@@ -34,7 +35,7 @@ def squeezed(table: str) -> str:
 def test_tables_are_those_of_the_study(name, table, argument, shown):
     content = json.loads((DOCS / "results" / name).read_text(encoding="utf-8"))
     made = TABLES[table](content.get("study", content), argument)
-    assert squeezed(shown) == squeezed(made), f"docs/results.md should have\n{made}"
+    assert squeezed(shown) == squeezed(made), f"the page should have\n{made}"
 
 
 def test_every_study_is_shown():
