@@ -5,7 +5,8 @@
 Each setting is a shape class of the named architectures. A step of the layer is recorded up to the point where a
 compiled kernel would be launched (gpu_record.py). What was recorded is compiled for sm_80 and sm_90 and disassembled.
 Equal launches of several settings are compiled once. The table shows registers and spilled bytes of a thread, shared
-memory of a block, tensor-core instructions, and local loads and stores (spills) inside the loops that multiply.
+memory of a block, instructions (those of a loop once) and those of tensor cores, and local loads and stores (spills)
+inside the loops that multiply.
 
 Exit 1: a matrix product spills in its main loop; a block's shared memory exceeds the device's; a product has no
 tensor-core instruction and is not one of float32 operands without TF32; a kernel does not compile.
@@ -35,9 +36,10 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes of one block on an A100, 
 MULTIPLIES = re.compile(r"\b(HMMA|HGMMA|QGMMA|DMMA)\b")
 SINGLE_MULTIPLIES = re.compile(r"\bFFMA\b")
 LOCAL = re.compile(r"\b(LDL|STL)\b")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP\b)\S")
 COLUMNS = [
     "kernel", "arch", "dtype", "settings", "tile", "warps", "stages", "registers", "spilled", "loop_spills",
-    "shared_KB", "tensor_core",
+    "shared_KB", "instructions", "tensor_core",
 ]  # fmt: skip
 
 
@@ -96,7 +98,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def inspect_code(code: str) -> dict[str, int]:
-    """Tensor-core instructions, and local loads and stores in loops that multiply and hold no other loop.
+    """Instructions, those of tensor cores, and local loads and stores in loops that multiply and hold no other loop.
 
     A loop is what lies between a label and a later branch back to it.
     """
@@ -115,7 +117,11 @@ def inspect_code(code: str) -> dict[str, int]:
         singles = sum(bool(SINGLE_MULTIPLIES.search(line)) for line in body)
         if not inner and (products or singles >= 64):
             spills += sum(bool(LOCAL.search(line)) for line in body)
-    return {"tensor_core": sum(bool(MULTIPLIES.search(line)) for line in lines), "loop_spills": spills}
+    return {
+        "instructions": sum(bool(INSTRUCTION.search(line)) for line in lines),
+        "tensor_core": sum(bool(MULTIPLIES.search(line)) for line in lines),
+        "loop_spills": spills,
+    }
 
 
 _JOBS: list[tuple[Unit, int]] = []  # what forked processes compile

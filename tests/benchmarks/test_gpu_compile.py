@@ -34,21 +34,19 @@ LOOP = """
 def test_only_spills_of_the_innermost_multiplying_loop_are_the_main_loops() -> None:
     """Spills before it, after it and in the loop around it cost little."""
     clean = gpu_compile.inspect_code(LOOP.replace("{inside}", ""))
-    assert clean == {"tensor_core": 1, "loop_spills": 0}
+    assert clean == {"instructions": 10, "tensor_core": 1, "loop_spills": 0}
     spilt = gpu_compile.inspect_code(LOOP.replace("{inside}", "/*0040*/  STL [R1+0x8], R7 ;"))
-    assert spilt == {"tensor_core": 1, "loop_spills": 1}
+    assert spilt == {"instructions": 11, "tensor_core": 1, "loop_spills": 1}
 
 
 def test_a_loop_of_single_multiplications_counts_when_it_is_a_product() -> None:
     def code(products: int) -> str:
-        body = "        /*00*/  FFMA R4, R5, R6, R4 ;\n" * products + "        /*01*/  LDL R9, [R1] ;\n"
-        return f".L_x_3:\n{body}        /*02*/  BRA `(.L_x_3) ;\n"
+        body = "        /*0000*/  FFMA R4, R5, R6, R4 ;\n" * products + "        /*0010*/  LDL R9, [R1] ;\n"
+        return f".L_x_3:\n{body}        /*0020*/  BRA `(.L_x_3) ;\n        /*0030*/  NOP;\n"
 
-    assert gpu_compile.inspect_code(code(64)) == {"tensor_core": 0, "loop_spills": 1}
-    assert gpu_compile.inspect_code(code(3)) == {
-        "tensor_core": 0,
-        "loop_spills": 0,
-    }  # too few for a product; an address, say
+    assert gpu_compile.inspect_code(code(64)) == {"instructions": 66, "tensor_core": 0, "loop_spills": 1}
+    # too few for a product; an address, say
+    assert gpu_compile.inspect_code(code(3)) == {"instructions": 5, "tensor_core": 0, "loop_spills": 0}
 
 
 def test_every_shape_of_the_named_architectures_is_a_setting() -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
+
 from tests.moe.helpers import assert_near
 from tests.moe.kernels.ways import DEVICE, NEAR, assert_same_decisions
 from xmoe_fairseq.moe import MoEConfig, RoutingPlan
@@ -18,6 +21,7 @@ from xmoe_fairseq.moe.activations import ACTIVATIONS
 from xmoe_fairseq.moe.capacity import make_plan
 from xmoe_fairseq.moe.kernels import experts as kernel_experts
 from xmoe_fairseq.moe.kernels import routing
+from xmoe_fairseq.moe.kernels.activation import activate, activate_with_slope
 from xmoe_fairseq.moe.kernels.plan import DevicePlan, Lists, lists_of
 from xmoe_fairseq.moe.ordering import sort_descending
 from xmoe_fairseq.moe.plan import Choices
@@ -202,6 +206,33 @@ def assert_experts(count_E: list[int], num_tokens: int, activation: str, dtype: 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_fast", "relu", "silu"])
 def test_activations_and_their_slopes(activation: str) -> None:
     assert_experts([5, 0, 3], 9, activation)
+
+
+@triton.jit
+def _activations_of(x, hidden, hidden_again, slope, NAME: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    pre = tl.load(x + place)
+    unit, derivative = activate_with_slope(pre, NAME, EXACT)
+    tl.store(hidden + place, activate(pre, NAME, EXACT))
+    tl.store(hidden_again + place, unit)
+    tl.store(slope + place, derivative)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "for half precision"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_fast", "relu", "silu"])
+def test_activations_of_every_size_err_by_units_of_the_last_place(activation: str, exact: bool) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 1017), torch.tensor([0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4])]).to(
+        DEVICE
+    )
+    hidden, again, slope = (torch.empty_like(x) for _ in range(3))
+    _activations_of[(1,)](x, hidden, again, slope, NAME=activation, EXACT=exact, BLOCK=1024)
+    leaf = x.double().requires_grad_()
+    want = ACTIVATIONS[activation].forward(leaf)
+    (want_slope,) = torch.autograd.grad(want.sum(), leaf)
+    allowed = 1e-6 * (1 + x.abs().double())
+    assert torch.equal(hidden, again)
+    assert ((hidden.double() - want).abs() <= allowed).all()
+    assert ((slope.double() - want_slope).abs() <= allowed).all()
 
 
 def test_experts_of_several_tiles_beside_idle_ones() -> None:

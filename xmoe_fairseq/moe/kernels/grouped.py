@@ -184,7 +184,8 @@ def hidden_backward(
     expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
-    token = tl.load(token_R + row, mask=in_rows, other=0)
+    # rows behind the expert's last one repeat its token with weight 0 and pre-activations 0, so they add 0 to every sum
+    token = tl.load(token_R + tl.minimum(row, end - 1))
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < num_hidden
     base = first.to(tl.int64) * num_hidden
@@ -202,9 +203,8 @@ def hidden_backward(
         scale = dropout_scale(seed, row, column, num_hidden, dropout)
         unit *= scale
         slope *= scale
-    inner = tl.sum(tl.where(mask, unit * grad, 0.0), axis=1)
-    tl.store(inner_PR + block.to(tl.int64) * max_rows + row, inner, mask=in_rows)
-    grad = tl.where(mask, grad * weight[:, None] * slope, 0.0)
+    tl.store(inner_PR + block.to(tl.int64) * max_rows + row, tl.sum(unit * grad, axis=1), mask=in_rows)
+    grad = grad * weight[:, None] * slope
     tl.store(grad_pre + base + where, grad.to(grad_pre.dtype.element_ty), mask=mask)
     tl.store(bias_sum + tile.to(tl.int64) * num_hidden + column, tl.sum(grad, axis=0), mask=in_columns)
 

@@ -25,11 +25,6 @@ def _priority(rank_GT, score_GT, column, token, num_tokens):
 
 
 @triton.jit
-def _num_up_to(key, limit):
-    return tl.sum((key <= limit).to(tl.int32), axis=0)
-
-
-@triton.jit
 def _compared(rank_GT, score_GT, column, token, num_tokens, rank, BY_RANK: tl.constexpr):
     """int32 values to search: ranks, or 2^31 - 1 - bits of the scores of one ``rank``; 2^31 - 1 for the other pairs."""
     is_token = token < num_tokens
@@ -118,12 +113,11 @@ def select(
     column = gate.to(tl.int64) * num_tokens
     wanted = tl.zeros((), tl.int32)
     load, prob_sum = tl.zeros((), tl.int32), 0.0
-    key = tl.full((BLOCK_T,), NOT_CHOSEN, dtype=tl.int64)
     for start in range(NUM_BLOCKS):
         token = start * BLOCK_T + block
-        key = _priority(rank_GT, score_GT, column, token, num_tokens)
-        wanted += _num_up_to(key, NOT_CHOSEN - 1)
-        load += _num_up_to(key, 2147483647)
+        rank = tl.load(rank_GT + column + token, mask=token < num_tokens, other=-1)
+        wanted += tl.sum((rank >= 0).to(tl.int32), axis=0)
+        load += tl.sum((rank == 0).to(tl.int32), axis=0)
         if HAS_PROB:
             prob_sum += tl.sum(tl.load(prob_GT + column + token, mask=token < num_tokens, other=0.0), axis=0)
     if HAS_PROB:
@@ -144,15 +138,15 @@ def select(
         tl.store(ties_E + gate, 0)
         return
     top = tl.zeros((), tl.int32)
-    rank = _search(
+    last = _search(
         rank_GT, score_GT, column, num_tokens, 0, top, top + (num_gates - 1), served, True, BLOCK_T, NUM_BLOCKS
     )
-    missing = served - _count(rank_GT, score_GT, column, num_tokens, 0, rank - 1, True, BLOCK_T, NUM_BLOCKS)
+    missing = served - _count(rank_GT, score_GT, column, num_tokens, 0, last - 1, True, BLOCK_T, NUM_BLOCKS)
     bits = _search(
-        rank_GT, score_GT, column, num_tokens, rank, top, top + 2147483647, missing, False, BLOCK_T, NUM_BLOCKS
+        rank_GT, score_GT, column, num_tokens, last, top, top + 2147483647, missing, False, BLOCK_T, NUM_BLOCKS
     )
-    below = _count(rank_GT, score_GT, column, num_tokens, rank, bits - 1, False, BLOCK_T, NUM_BLOCKS)
-    tl.store(cut_E + gate, (rank.to(tl.int64) << 31) | bits.to(tl.int64))
+    below = _count(rank_GT, score_GT, column, num_tokens, last, bits - 1, False, BLOCK_T, NUM_BLOCKS)
+    tl.store(cut_E + gate, (last.to(tl.int64) << 31) | bits.to(tl.int64))
     tl.store(ties_E + gate, missing - below)
 
 
