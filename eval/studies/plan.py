@@ -18,6 +18,7 @@ class Pair:
         name: ``de-en``, or ``en`` for language models; with a word after a dot, ``de-en.30k``, where a study has
             several texts of a pair.
         methods: names of the methods that are trained on it; None: all.
+        settings: ``GROUP.KEY=VALUE`` of all trainings on it, after those of the method.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Pair:
     test_set: str
     data_flags: tuple[str, ...]
     methods: tuple[str, ...] | None = None
+    settings: tuple[str, ...] = ()
 
     def has(self, method: str) -> bool:
         """True if the method is trained on this pair."""
@@ -125,7 +127,8 @@ class Study:
             prepared = ["--test", cell.pair.test, *prepared, "--subword-model", str(data / "subwords")]
         prepared += ["--test-set", cell.pair.test_set]
         given = ["--config", cell.method.config, "--seed", str(cell.seed)]
-        given += [word for setting in cell.method.settings for word in ("--set", setting)]
+        settings = (*cell.method.settings, *cell.pair.settings)
+        given += [word for setting in settings for word in ("--set", setting)]
         given += [word for threshold in cell.method.sweep for word in ("--sweep", f"{threshold:g}")]
         given += [word for goal in self.goals or ("none",) for word in ("--calibrate", goal)]
         if cell.seed != cell.method.seeds[0]:

@@ -16,7 +16,7 @@ from eval.studies.plan import ROOT, Method, Pair, Study
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {
     "study": ("title", "pairs", "methods", "seeds", "baseline", "set", "run", "calibrate", "sweep"),
-    "pair": ("train", "valid", "test", "test_set", "vocab-size", "methods"),
+    "pair": ("train", "valid", "test", "test_set", "vocab-size", "methods", "set"),
     "method": ("config", "set", "seeds", "title", "paper", "sweep"),
 }
 # flags of the scripts that go to the preparation of the data alone
@@ -126,6 +126,7 @@ def _pair(path: Path, name: str, value: Any, flags: Mapping[str, Any], methods: 
         test_set=test_set,
         data_flags=_flags({**flags, **own}, _DATA_FLAGS),
         methods=None if only is None else tuple(only),
+        settings=_settings(path, f"pair {name}: set", given.get("set")),
     )
 
 

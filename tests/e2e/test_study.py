@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = """
 pairs:
   uk-en: {train: PLACE/train, valid: PLACE/valid, test: PLACE/test}
-  de-en: {train: PLACE/train, valid: PLACE/valid, test: PLACE/test}
+  de-en: {train: PLACE/train, valid: PLACE/valid, test: PLACE/test, set: {optimization.max_update: 22}}
 methods:
   dense: {config: dense.yaml}
   xmoe: {config: xmoe.yaml}
@@ -90,6 +90,11 @@ def test_a_killed_study_continues_to_the_same_results(tmp_path):
     expected = (tmp_path / "whole" / "study.json").read_bytes()
     content = json.loads(expected)
     assert content["missing"] == []
+    updates = {
+        pair: {s["updates"] for m in p["methods"].values() for s in m["seeds"].values()}
+        for pair, p in content["pairs"].items()
+    }
+    assert updates == {"uk-en": {20}, "de-en": {22}}
     assert content["over_seeds"]["dev_loss"]["all pairs"]["xmoe"]["df"] == 2
     assert (tmp_path / "whole" / "study.html").stat().st_size > 100_000
 

@@ -54,8 +54,9 @@ def test_a_study_is_runs_of_run_pair(study_file):
     assert study.data_command(study.pairs[0], Path("/out"))[-3:] == ["--vocab-size", "40", "--data-only"]
 
 
-def test_a_pair_may_have_several_texts_with_methods_and_subwords_of_their_own(study_file):
-    small = "  de-en.30k: {train: t, valid: v, test: t, vocab-size: 30, methods: [xmoe]}\nmethods:"
+def test_a_pair_may_have_several_texts_with_methods_subwords_and_settings_of_their_own(study_file):
+    own = "vocab-size: 30, methods: [xmoe], set: {optimization.max_update: 90}"
+    small = f"  de-en.30k: {{train: t, valid: v, test: t, {own}}}\nmethods:"
     study_file.write_text(study_file.read_text().replace("methods:", small, 1))
     study = load_study(study_file)
     found = [cell.name for cell in study.cells() if cell.pair.name != "de-en"]
@@ -63,12 +64,18 @@ def test_a_pair_may_have_several_texts_with_methods_and_subwords_of_their_own(st
     data = study.data_command(study.pairs[1], Path("/out"))
     assert data[data.index("--pair") :][:4] == ["--pair", "de-en", "--out", "/out/data/de-en.30k"]
     assert data[-3:] == ["--vocab-size", "30", "--data-only"]
+    commands = {cell.name: study.cell_command(cell, Path("/out")) for cell in study.cells()}
+    assert "optimization.max_update=90" not in commands["de-en/xmoe/seed-1"]
+    # the last --set of a key counts
+    given = [word for word in commands["de-en.30k/xmoe/seed-1"] if word.startswith("optimization.max_update")]
+    assert given == ["optimization.max_update=20", "optimization.max_update=90"]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("seeds: [1, 2]\n", "", "seeds is missing or empty"),
+        ("test_set: mix", "set: {max_update: 20}", "pair de-en: set must be a mapping of GROUP.KEY to values"),
         ("test_set: mix", "methods: [moe]", r"pair de-en: methods must be a list of dense, xmoe, found \['moe'\]"),
         ("seeds: [1, 2]\n", "seeds: [1, 1]\n", r"seeds must be a list of different whole numbers .* found \[1, 1\]"),
         ("title:", "titel:", "unknown titel; known are title, pairs"),
