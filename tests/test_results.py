@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from eval.studies import text
+from tests.test_docs import table_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 TABLES = {
@@ -47,3 +48,28 @@ def test_every_study_is_shown():
         or {"over_seeds", "order"} <= json.loads(path.read_text(encoding="utf-8")).keys()
     }
     assert shown == held
+
+
+def test_growth_with_data_is_that_of_the_curves():
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    curves = json.loads((DOCS / "results" / "2026-11-26-tiny-growth-curves.json").read_text(encoding="utf-8"))
+
+    def both(pair, updates):
+        return [curves[pair][method][updates.replace(",", "")] for method in ("dense", "xmoe32")]
+
+    def difference(dense, xmoe):
+        return f"{xmoe['loss_bits'] - dense['loss_bits']:+.3f}"
+
+    (_, *pairs), *rows = table_rows(page, "Validation loss of XMoE minus that of dense")
+    for updates, *shown in rows:
+        for pair, cell in zip(pairs, shown, strict=True):
+            if cell:
+                assert cell == difference(*both(pair, updates)), (pair, updates)
+            else:
+                assert updates.replace(",", "") not in curves[pair]["xmoe32"], (pair, updates)
+    assert sum(bool(cell) for row in rows for cell in row[1:]) >= 18
+    wanted = ("moe_wanted", "moe_encoder_1_wanted", "moe_encoder_3_wanted", "moe_decoder_1_wanted")
+    for updates, *shown in table_rows(page, "The 90,000 pairs in full")[1:]:
+        dense, xmoe = both("de-en.90k", updates)
+        losses = [f"{dense['loss_bits']:.3f}", f"{xmoe['loss_bits']:.3f}", difference(dense, xmoe)]
+        assert shown == losses + [f"{xmoe[key]:.1f}" for key in wanted], updates
