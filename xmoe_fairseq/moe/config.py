@@ -43,7 +43,7 @@ class MoEConfig:
         normalize_weights: as in Mixtral (arXiv 2401.04088); XMoE's weights are the raw probabilities (Eq 2).
         input_jitter: as in Switch (arXiv 2101.03961).
         gate_init_scale: at 1, the logits of layer-normed inputs begin with a standard deviation of 1 / sqrt(3), so that
-            a threshold of 0.9 needs about three quarters of 32 or 64 experts (docs/results.md).
+            a threshold of 0.9 needs about three quarters of 32 or 64 experts (docs/results-routers.md).
         z_loss_weight: of mean(logsumexp(logits)^2) (ST-MoE, arXiv 2202.08906).
         shared_expert_dim: as in DeepSeekMoE (arXiv 2401.06066).
         dense_dim: hidden units of the dense FFN that this layer stands for; only FLOP figures use it. None: expert_dim.
