@@ -92,24 +92,25 @@ class MoELayer(nn.Module, metaclass=_BuildsItsKind):
     ) -> tuple[Tensor, RoutingPlan]:
         """``forward`` of this kind of layer, on inputs whose shapes fit."""
         x_TD = x.reshape(-1, x.size(-1))
-        real_T = None if padding is None else ~padding.reshape(-1).bool()
+        padding_T = None if padding is None else padding.reshape(-1).bool()
         ids_T = None if token_ids is None else token_ids.reshape(-1)
         dtype = compute_dtype(x)
         by_kernels = kernels.chosen(self.config, x.device, dtype, self.training)
-        if real_T is not None and (not by_kernels or self.shared is not None):
+        if padding_T is not None and (not by_kernels or self.shared is not None):
             # a NaN at padding would reach the gradient of shared weights as 0 * NaN
-            x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+            x_TD = x_TD.masked_fill(padding_T.unsqueeze(-1), 0.0)
         if by_kernels:
-            x_TD, plan = kernels.make_plan(self.router, x_TD, real_T, ids_T, self.training, dtype)
+            x_TD, plan = kernels.make_plan(self.router, x_TD, padding_T, ids_T, self.training, dtype)
         else:
-            plan = self._torch_plan(x_TD, real_T, ids_T)
+            plan = self._torch_plan(x_TD, padding_T, ids_T)
         y_TD = self.experts(x_TD, plan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, real_T)
+            y_TD = y_TD + self.shared(x_TD, padding_T)
         return y_TD.to(x.dtype).view(x.shape), plan
 
-    def _torch_plan(self, x_TD: Tensor, real_T: Tensor | None, ids_T: Tensor | None) -> RoutingPlan:
+    def _torch_plan(self, x_TD: Tensor, padding_T: Tensor | None, ids_T: Tensor | None) -> RoutingPlan:
         """Route and apply the capacity with torch."""
+        real_T = None if padding_T is None else ~padding_T
         num_tokens, device = x_TD.size(0), x_TD.device
         # torch.tensor(number, device="cuda") would be a copy that the host waits for
         num_real = torch.full((), num_tokens, device=device) if real_T is None else real_T.sum()
@@ -142,9 +143,9 @@ class SharedExpert(nn.Module):
         self.fc2 = nn.Linear(config.shared_expert_dim, config.embed_dim)
         self.activation = ACTIVATIONS[config.activation].forward
 
-    def forward(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
+    def forward(self, x_TD: Tensor, padding_T: Tensor | None) -> Tensor:
         y_TD: Tensor = self.fc2(self.activation(self.fc1(x_TD)))
-        return y_TD if real_T is None else y_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
+        return y_TD if padding_T is None else y_TD.masked_fill(padding_T.unsqueeze(-1), 0.0)
 
 
 @contextmanager

@@ -193,15 +193,8 @@ def test_deterministic_mode_repeats_every_bit_and_reads_no_unset_memory(
 
 
 @pytest.mark.slow
-def test_more_tokens_than_one_block_of_the_selection(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    from xmoe_fairseq.moe.kernels import tiles
-
-    monkeypatch.setattr(tiles, "MAX_SELECT_BLOCK", 128)
-    tiles.select_blocks.cache_clear()
-    request.addfinalizer(tiles.select_blocks.cache_clear)
-    assert tiles.select_blocks(260)[1] == 3
+@pytest.mark.usefixtures("small_blocks")
+def test_more_tokens_than_one_block() -> None:
     assert_ways_agree(kernel_layer("top_k", num_experts=4, **TIGHT), tokens(260), padded(260))
 
 

@@ -8,7 +8,7 @@ environment, set before Triton is imported, ``moe_compute triton`` runs on CPU t
     route.py      probabilities, ranks, choice; its gradient
     serve.py      pairs that are kept under capacity; rows by expert and by token
     grouped.py    products of ragged rows with their experts' matrices
-    combine.py    sums of a token's rows; bias gradients
+    combine.py    sums of a token's rows; gradients of the rows' weights and of biases
     gating.py, serving.py, routing.py, experts.py    their host sides: shapes, buffers, launches, autograd
     plan.py       a routing plan whose counts stay on the device
     check.py      the self-check
@@ -81,7 +81,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 def make_plan(
     router: Any,
     x_TD: Tensor,
-    real_T: Tensor | None,
+    padding_T: Tensor | None,
     token_ids_T: Tensor | None,
     training: bool,
     dtype: torch.dtype,
@@ -93,18 +93,19 @@ def make_plan(
     Args:
         router: a ``Router``. If it has a kernel rule, the kernels choose; else torch chooses, and the kernels apply the
             capacity.
+        padding_T: bool, True at padding; None when nothing is padding.
         dtype: the dtype in which the experts compute; it decides the size of row tiles.
     """
     from . import routing
 
     rule = router.kernel_rule() if not router._forward_hooks else None
     if rule is not None:
-        return routing.route(x_TD, router.weight, real_T, rule, router.config, training, dtype)
-    if real_T is not None:
+        return routing.route(x_TD, router.weight, padding_T, rule, router.config, training, dtype)
+    if padding_T is not None:
         # a NaN at padding would reach the gradient of shared weights as 0 * NaN
-        x_TD = x_TD.masked_fill(~real_T.unsqueeze(-1), 0.0)
-    choices = router(x_TD, real_T, token_ids_T)
-    return x_TD, routing.plan_choices(choices, real_T, router.config, training, dtype)
+        x_TD = x_TD.masked_fill(padding_T.unsqueeze(-1), 0.0)
+    choices = router(x_TD, None if padding_T is None else ~padding_T, token_ids_T)
+    return x_TD, routing.plan_choices(choices, padding_T, router.config, training, dtype)
 
 
 def expert_sum(experts: Any, x_TD: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:

@@ -39,10 +39,10 @@ def self_check(
             layer.to(device)
             x_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype).requires_grad_()
             grad_TD = torch.randn(NUM_TOKENS, config.embed_dim).to(device, dtype)
-            real_T = torch.arange(NUM_TOKENS, device=device) % 9 != 0
-            y_TD, plan = layer(x_TD, padding=~real_T)
+            padding_T = torch.arange(NUM_TOKENS, device=device) % 9 == 0
+            y_TD, plan = layer(x_TD, padding=padding_T)
             wanted = _gradients(layer, x_TD, grad_TD, y_TD, plan)
-            x_read, plan = make_plan(layer.router, x_TD, real_T, None, True, dtype)
+            x_read, plan = make_plan(layer.router, x_TD, padding_T, None, True, dtype)
             got = _gradients(layer, x_TD, grad_TD, expert_sum(layer.experts, x_read, plan, dtype), plan)
             return _difference(wanted, got, dtype)
     except Exception as error:  # compilers and drivers raise errors of many types

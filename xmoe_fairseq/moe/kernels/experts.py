@@ -75,11 +75,11 @@ class _ExpertSum(torch.autograd.Function):
         x_TD, weight_R, w1, b1, w2, b2, pre_RF, hidden_RF, seed = ctx.saved_tensors
         lists, rule = ctx.lists, ctx.rule
         grad_TD = grad_TD.contiguous()
-        parts = _Parts(x_TD, w1, lists, rule.dtype)
-        grad_pre_RF, bias_sum = _hidden_backward(grad_TD, w2.to(rule.dtype), pre_RF, weight_R, lists, rule, seed, parts)
-        grad_b2 = _output_bias_backward(grad_TD, b2, weight_R, lists, parts)
-        grad_b1 = _hidden_bias_backward(bias_sum, b1, lists)
-        grad_weight_R = parts.inner_PR.sum(dim=0)
+        grad_pre_RF, hidden_sum, inner_PR = _hidden_backward(
+            grad_TD, w2.to(rule.dtype), pre_RF, weight_R, lists, rule, seed
+        )
+        grad_weight_R, output_sum = _row_weight_backward(grad_TD, b2, weight_R, inner_PR, lists)
+        grad_b1, grad_b2 = _bias_gradients(hidden_sum, output_sum, b1, b2, lists)
         grad_w2 = _weight_gradient(hidden_RF, grad_TD, w2, lists, gather="right")
         grad_w1 = _weight_gradient(x_TD.to(rule.dtype), grad_pre_RF, w1, lists, gather="left")
         grad_x = None
@@ -87,18 +87,6 @@ class _ExpertSum(torch.autograd.Function):
             grad_RD = _down(grad_pre_RF, w1.to(rule.dtype).transpose(1, 2), None, weight_R, lists)
             grad_x = _combine(grad_RD, lists, x_TD.dtype)
         return grad_x, grad_weight_R, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
-
-
-class _Parts:
-    """Parts of <output row, its gradient>, one line for each block of columns that a program sums."""
-
-    def __init__(self, x_TD: Tensor, w1: Tensor, lists: Lists, dtype: torch.dtype) -> None:
-        _, width, num_hidden = w1.shape
-        self.tile = row_tile(lists.tile_rows, num_hidden, width, dtype, most_n=64)
-        self.bias_block = power_of_two(width, 16, 64)
-        self.hidden_parts = -(-num_hidden // self.tile.n)
-        parts = self.hidden_parts + -(-width // self.bias_block)
-        self.inner_PR = torch.empty(parts, lists.max_rows, device=x_TD.device)
 
 
 def _seed(rule: ExpertRule, device: torch.device) -> Tensor | None:
@@ -183,48 +171,58 @@ def _hidden_backward(
     lists: Lists,
     rule: ExpertRule,
     seed: Tensor | None,
-    parts: _Parts,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the pre-activations (R, F), and its sums over the rows of each tile."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the pre-activations (R, F), its sums over the rows of each tile, parts of the weights' gradient."""
     _, num_hidden, width = w2.shape
-    tile = parts.tile
+    tile = row_tile(lists.tile_rows, num_hidden, width, pre_RF.dtype, most_n=64)
+    tiles, parts = lists.tile_expert.numel(), -(-num_hidden // tile.n)
     grad_pre_RF = torch.empty_like(pre_RF)
-    tiles = lists.tile_expert.numel()
-    bias_sum = torch.empty(tiles, num_hidden, device=pre_RF.device)
+    hidden_sum = torch.empty(tiles, num_hidden, device=pre_RF.device)
+    inner_PR = torch.empty(parts, lists.max_rows, device=pre_RF.device)
     launch(
-        grouped_kernels.hidden_backward, (tiles * parts.hidden_parts,),
-        grad_TD, w2, pre_RF, weight_R, grad_pre_RF, parts.inner_PR, bias_sum,
+        grouped_kernels.hidden_backward, (tiles * parts,),
+        grad_TD, w2, pre_RF, weight_R, grad_pre_RF, inner_PR, hidden_sum,
         lists.token_R, lists.tile_expert, lists.tile_row, lists.row_end_E, pre_RF if seed is None else seed,
         width, num_hidden, rule.dropout, lists.max_rows, ACTIVATION=rule.activation, HAS_DROPOUT=seed is not None,
         **_tile_constants(tile, width, pre_RF.dtype),
         cost=lambda: _product_cost(lists, tile, num_hidden, width, pre_RF, stored=2),
     )  # fmt: skip
-    return grad_pre_RF, bias_sum
+    return grad_pre_RF, hidden_sum, inner_PR
 
 
-def _output_bias_backward(grad_TD: Tensor, b2: Tensor, weight_R: Tensor, lists: Lists, parts: _Parts) -> Tensor:
-    num_experts, width = b2.shape
-    grad_b2 = torch.empty_like(b2)
-    moved = float(reckoned_rows(lists.max_rows) * width * grad_TD.element_size())
+def _row_weight_backward(
+    grad_TD: Tensor, b2: Tensor, weight_R: Tensor, inner_PR: Tensor, lists: Lists
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the rows' weights, and the sums of weight * ``grad_TD`` over the rows of each tile (tiles, D)."""
+    width, tiles = b2.size(1), lists.tile_expert.numel()
+    grad_weight_R = torch.empty(lists.max_rows, device=b2.device)
+    output_sum = torch.empty(tiles, width, device=b2.device)
+    rows = reckoned_rows(lists.max_rows)
+    moved = float(rows * (width * grad_TD.element_size() + 4 * inner_PR.size(0)) + output_sum.nbytes)
     launch(
-        combine_kernels.output_bias_backward, (num_experts, -(-width // parts.bias_block)),
-        grad_TD, b2, weight_R, lists.token_R, lists.row_end_E, grad_b2, parts.inner_PR, width, lists.max_rows,
-        parts.hidden_parts, BLOCK_R=64, BLOCK_D=parts.bias_block, num_warps=4, cost=lambda: Cost(moved, moved),
+        combine_kernels.row_weight_backward, (tiles,),
+        grad_TD, b2, weight_R, inner_PR, lists.token_R, lists.tile_expert, lists.tile_row, lists.row_end_E,
+        grad_weight_R, output_sum, width, lists.max_rows, inner_PR.size(0),
+        BLOCK_P=16, BLOCK_M=lists.tile_rows, BLOCK_D=power_of_two(width, 16, 64),
+        num_warps=power_of_two(lists.tile_rows // 16, 1, 8), cost=lambda: Cost(moved, moved),
     )  # fmt: skip
-    return grad_b2
+    return grad_weight_R, output_sum
 
 
-def _hidden_bias_backward(bias_sum: Tensor, b1: Tensor, lists: Lists) -> Tensor:
-    num_experts, num_hidden = b1.shape
-    grad_b1 = torch.empty_like(b1)
-    block = power_of_two(num_hidden, 16, 256)
-    moved = 4.0 * bias_sum.numel()
+def _bias_gradients(
+    hidden_sum: Tensor, output_sum: Tensor, b1: Tensor, b2: Tensor, lists: Lists
+) -> tuple[Tensor, Tensor]:
+    (num_experts, num_hidden), width = b1.shape, b2.size(1)
+    grad_b1, grad_b2 = torch.empty_like(b1), torch.empty_like(b2)
+    block = power_of_two(max(num_hidden, width), 16, 256)
+    moved = float(hidden_sum.nbytes + output_sum.nbytes)
     launch(
-        combine_kernels.hidden_bias_backward, (num_experts, -(-num_hidden // block)),
-        bias_sum, lists.count_E, grad_b1, num_hidden, num_experts, TILE_ROWS=lists.tile_rows,
-        BLOCK_E=power_of_two(num_experts, 2, 1 << 20), BLOCK_F=block, num_warps=2, cost=lambda: Cost(moved, moved),
+        combine_kernels.bias_gradients, (num_experts, -(-num_hidden // block) - (-width // block)),
+        hidden_sum, output_sum, lists.count_E, grad_b1, grad_b2, num_hidden, width, num_experts,
+        TILE_ROWS=lists.tile_rows, BLOCK_E=power_of_two(num_experts, 2, 1 << 20), BLOCK_N=block, num_warps=2,
+        cost=lambda: Cost(moved, moved),
     )  # fmt: skip
-    return grad_b1
+    return grad_b1, grad_b2
 
 
 def _weight_gradient(left: Tensor, right: Tensor, like: Tensor, lists: Lists, *, gather: str) -> Tensor:

@@ -33,7 +33,7 @@ def _split_product(left, right, total, WIDEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gate_logits(
-    x, weight, real, logits, num_tokens, width, num_gates,
+    x, weight, padding, logits, num_tokens, width, num_gates,
     HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def gate_logits(
     gate = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     is_read = token < num_tokens
     if HAS_PADDING:
-        is_read = is_read & (tl.load(real + token, mask=is_read, other=0) != 0)
+        is_read = is_read & (tl.load(padding + token, mask=is_read, other=0) == 0)
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_T, BLOCK_G), dtype=tl.float32)
     for start in range(0, width, BLOCK_D):
@@ -94,11 +94,11 @@ def gate_input_gradient(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gate_weight_gradient(
-    grad_logits, x, real, partial, num_tokens, width, num_gates, chunk,
+    grad_logits, x, padding, partial, num_tokens, width, num_gates, chunk,
     HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """partial (S, G, D) float32: sums of grad_logits^T @ x over S chunks of tokens, added up afterwards in order."""
+    """partial (S, G, D) float32: sums of grad_logits^T @ x over S chunks of tokens, which ``add_chunks`` adds."""
     gate = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = tl.program_id(0) * chunk
@@ -107,7 +107,7 @@ def gate_weight_gradient(
         token = start + tl.arange(0, BLOCK_T)
         is_read = token < num_tokens
         if HAS_PADDING:
-            is_read = is_read & (tl.load(real + token, mask=is_read, other=0) != 0)
+            is_read = is_read & (tl.load(padding + token, mask=is_read, other=0) == 0)
         grad_tile = tl.load(
             grad_logits + token.to(tl.int64)[None, :] * num_gates + gate[:, None],
             mask=is_read[None, :] & (gate < num_gates)[:, None], other=0.0,
@@ -130,3 +130,16 @@ def gate_weight_gradient(
             total = tl.dot(grad_tile, x_tile.to(tl.float32), total, input_precision=PRECISION)
     where = (tl.program_id(0).to(tl.int64) * num_gates + gate[:, None]) * width + column[None, :]
     tl.store(partial + where, total, mask=(gate < num_gates)[:, None] & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def add_chunks(partial, grad, num_chunks, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    """grad (N,) = sum of partial (S, N), in a fixed order."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, num_chunks, BLOCK_S):
+        chunk = start + tl.arange(0, BLOCK_S)
+        where = partial + chunk.to(tl.int64)[:, None] * size + place[None, :]
+        mask = (chunk < num_chunks)[:, None] & (place < size)[None, :]
+        total += tl.sum(tl.load(where, mask=mask, other=0.0), axis=0)
+    tl.store(grad + place, total.to(grad.dtype.element_ty), mask=place < size)

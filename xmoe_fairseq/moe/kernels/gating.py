@@ -10,9 +10,9 @@ from .launch import Cost, launch
 from .tiles import gate_tile, widens
 
 
-def flags(real_T: Tensor | None, like: Tensor) -> Tensor:
+def flags(padding_T: Tensor | None, like: Tensor) -> Tensor:
     """A pointer for the kernel to one byte a token, or to any tensor if nothing is padding."""
-    return like if real_T is None else real_T.view(torch.int8)
+    return like if padding_T is None else padding_T.view(torch.int8)
 
 
 def gate_precision(dtype: torch.dtype) -> str:
@@ -29,14 +29,14 @@ def gradient_precision(dtype: torch.dtype) -> str:
     return gate_precision(dtype) if dtype == torch.float32 else "tf32"
 
 
-def gate_logits(x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None) -> Tensor:
+def gate_logits(x_TD: Tensor, gate_GD: Tensor, padding_T: Tensor | None) -> Tensor:
     (num_tokens, width), num_gates = x_TD.shape, gate_GD.size(0)
     logits = torch.empty(num_tokens, num_gates, device=x_TD.device)
     block_t, (block_g, block_d) = 32, gate_tile(num_gates, width, x_TD.dtype)
     launch(
         gate_kernels.gate_logits, (-(-num_tokens // block_t), -(-num_gates // block_g)),
-        x_TD, gate_GD.contiguous(), flags(real_T, x_TD), logits, num_tokens, width, num_gates,
-        HAS_PADDING=real_T is not None, PRECISION=gate_precision(x_TD.dtype), WIDEN=widens(x_TD.dtype),
+        x_TD, gate_GD.contiguous(), flags(padding_T, x_TD), logits, num_tokens, width, num_gates,
+        HAS_PADDING=padding_T is not None, PRECISION=gate_precision(x_TD.dtype), WIDEN=widens(x_TD.dtype),
         BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_D=block_d, num_warps=4, num_stages=2,
         cost=lambda: _gate_cost(x_TD, gate_GD, logits, block_t),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def gate_input_gradient(grad_logits: Tensor, gate_GD: Tensor, x_TD: Tensor, othe
     return grad_x
 
 
-def gate_weight_gradient(grad_logits: Tensor, x_TD: Tensor, gate_GD: Tensor, real_T: Tensor | None) -> Tensor:
+def gate_weight_gradient(grad_logits: Tensor, x_TD: Tensor, gate_GD: Tensor, padding_T: Tensor | None) -> Tensor:
     (num_tokens, width), num_gates = x_TD.shape, gate_GD.size(0)
     block_g, block_d = gate_tile(num_gates, width, x_TD.dtype)
     block_t = block_d if x_TD.dtype == torch.float32 else 64
@@ -75,9 +75,15 @@ def gate_weight_gradient(grad_logits: Tensor, x_TD: Tensor, gate_GD: Tensor, rea
     partial = torch.empty(parts, num_gates, width, device=x_TD.device)
     launch(
         gate_kernels.gate_weight_gradient, (parts, -(-num_gates // block_g), -(-width // block_d)),
-        grad_logits, x_TD, flags(real_T, x_TD), partial, num_tokens, width, num_gates, chunk,
-        HAS_PADDING=real_T is not None, PRECISION=precision, WIDEN=widens(x_TD.dtype),
+        grad_logits, x_TD, flags(padding_T, x_TD), partial, num_tokens, width, num_gates, chunk,
+        HAS_PADDING=padding_T is not None, PRECISION=precision, WIDEN=widens(x_TD.dtype),
         BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_D=block_d, num_warps=4, num_stages=3,
         cost=lambda: _gate_cost(x_TD, partial, grad_logits, num_tokens),
     )  # fmt: skip
-    return partial.sum(dim=0).to(gate_GD.dtype)
+    grad = torch.empty_like(gate_GD, memory_format=torch.contiguous_format)
+    launch(
+        gate_kernels.add_chunks, (-(-grad.numel() // 64),),
+        partial, grad, parts, grad.numel(), BLOCK_S=64, BLOCK=64, num_warps=4,
+        cost=lambda: Cost(float(partial.nbytes + grad.nbytes), float(partial.nbytes + grad.nbytes)),
+    )  # fmt: skip
+    return grad

@@ -25,7 +25,7 @@ def _product(left, right, total, DOT: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M: tl.constexpr):
+def tile_of(tile_expert, tile_row, row_end_E, tile, BLOCK_M: tl.constexpr):
     """A tile's expert (-1: no tile), its first row, the end of the expert's rows, the tile's rows and their mask."""
     expert = tl.load(tile_expert + tile)
     is_tile = expert >= 0
@@ -71,7 +71,7 @@ def expert_up(
     """hidden (R, F) = weight_R * activation(pre) with pre = x[token] @ w1[e] + b1[e], stored if SAVE_PRE."""
     num_n = tl.cdiv(num_hidden, BLOCK_N)
     tile = tl.program_id(0) // num_n
-    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
+    expert, first, end, row, in_rows = tile_of(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
     # rows behind the expert's last one are computed from token 0 and not stored
@@ -142,7 +142,7 @@ def rows_times_experts(
     """out (R, N) = rows (R, K) @ weight[e] (K, N); with HAS_BIAS plus weight_R * bias[e]."""
     num_blocks = tl.cdiv(num_n, BLOCK_N)
     tile = tl.program_id(0) // num_blocks
-    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
+    expert, first, end, row, in_rows = tile_of(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
     column = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -164,7 +164,7 @@ def rows_times_experts(
 
 @triton.jit(do_not_specialize=["max_rows"])
 def hidden_backward(
-    grad_y, w2, pre, weight_R, grad_pre, inner_PR, bias_sum,
+    grad_y, w2, pre, weight_R, grad_pre, inner_PR, hidden_sum,
     token_R, tile_expert, tile_row, row_end_E, seed, width, num_hidden, dropout, max_rows,
     ACTIVATION: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EVEN_K: tl.constexpr, DOT: tl.constexpr, WIDEN: tl.constexpr,
@@ -176,12 +176,12 @@ def hidden_backward(
         grad_y: (T, D), gathered while loading. pre: (R, F), as the forward pass kept it.
         grad_pre: out (R, F), gradient of ``pre``.
         inner_PR: float32 out (P, R), P = column blocks: part of <hidden, gradient>, the gradient of a row's weight.
-        bias_sum: float32 out (tiles, F), sums of ``grad_pre`` over a tile's rows.
+        hidden_sum: float32 out (tiles, F), sums of ``grad_pre`` over a tile's rows.
     """
     num_n = tl.cdiv(num_hidden, BLOCK_N)
     tile = tl.program_id(0) // num_n
     block = tl.program_id(0) % num_n
-    expert, first, end, row, in_rows = _tile(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
+    expert, first, end, row, in_rows = tile_of(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
     if expert < 0:
         return
     # rows behind the expert's last one repeat its token with weight 0 and pre-activations 0, so they add 0 to every sum
@@ -206,7 +206,7 @@ def hidden_backward(
     tl.store(inner_PR + block.to(tl.int64) * max_rows + row, tl.sum(unit * grad, axis=1), mask=in_rows)
     grad = grad * weight[:, None] * slope
     tl.store(grad_pre + base + where, grad.to(grad_pre.dtype.element_ty), mask=mask)
-    tl.store(bias_sum + tile.to(tl.int64) * num_hidden + column, tl.sum(grad, axis=0), mask=in_columns)
+    tl.store(hidden_sum + tile.to(tl.int64) * num_hidden + column, tl.sum(grad, axis=0), mask=in_columns)
 
 
 @triton.jit

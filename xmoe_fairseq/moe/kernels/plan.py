@@ -48,13 +48,24 @@ class Lists:
         return self.count_T.numel()
 
 
+@dataclass(frozen=True)
 class DeviceTerms(BalanceTerms):
-    """``BalanceTerms`` with fewer launches: one vector without gradient, and the loss as an inner product."""
+    """``BalanceTerms`` with fewer launches: the loss is an inner product with a vector that has no gradient.
+
+    Attributes:
+        coefficient_G: load_G * G / num_tokens^2, float32; None after counts were summed over ranks.
+    """
+
+    coefficient_G: Tensor | None = None
 
     def loss(self) -> Tensor:
-        with torch.no_grad():
+        coefficient_G = self.coefficient_G
+        if coefficient_G is None:
             coefficient_G = self.load_G * (self.load_G.numel() / self.num_tokens.clamp(min=1).square())
         return torch.dot(coefficient_G, self.prob_sum_G)
+
+    def with_counts(self, summed: Tensor) -> DeviceTerms:
+        return DeviceTerms(summed[:-1], self.prob_sum_G, summed[-1])
 
 
 class DevicePlan(RoutingPlan):

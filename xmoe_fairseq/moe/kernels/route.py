@@ -16,17 +16,17 @@ LEAST_MASS = tl.constexpr(1e-30)  # as in routers/router.py
 
 
 @triton.jit
-def _is_real(real, token, is_token, HAS_PADDING: tl.constexpr):
+def _is_real(padding, token, is_token, HAS_PADDING: tl.constexpr):
     """bool: tokens of the batch that are not padding."""
     if HAS_PADDING:
-        return is_token & (tl.load(real + token, mask=is_token, other=0) != 0)
+        return is_token & (tl.load(padding + token, mask=is_token, other=0) == 0)
     else:
         return is_token
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold_units", "most"])
 def route_forward(
-    logits, real, prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
+    logits, padding, prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
     num_tokens, num_gates, num_experts, threshold_units, most,
     BY_THRESHOLD: tl.constexpr, NORMALIZE: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_NULLS: tl.constexpr,
     GATE_BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -34,7 +34,7 @@ def route_forward(
     """Decide for BLOCK_T tokens.
 
     Args:
-        logits: float32 (T, G). real: bool (T,), read if HAS_PADDING.
+        logits: float32 (T, G). padding: bool (T,), read if HAS_PADDING.
         prob_GT: float32 out; 0 at padding. weight_ET: float32 out if NORMALIZE.
         rank_GT: int32 out: place among the token's true experts (for a null gate: among all gates); -1 if not chosen.
         entropy_T, log_mass_T: float32 out; 0 at padding.
@@ -45,7 +45,7 @@ def route_forward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = _is_real(real, token, is_token, HAS_PADDING)
+    is_real = _is_real(padding, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     row = token.to(tl.int64)[:, None] * num_gates
     logit = tl.load(logits + row + gate[None, :], mask=is_token[:, None] & is_gate[None, :], other=-float("inf"))
@@ -91,7 +91,7 @@ def route_forward(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def route_backward(
-    prob_GT, rank_GT, slot_ET, real, log_mass_T, grad_weight_R, grad_prob_sum_G, grad_square_sum, grad_logits,
+    prob_GT, rank_GT, slot_ET, padding, log_mass_T, grad_weight_R, grad_prob_sum_G, grad_square_sum, grad_logits,
     num_tokens, num_gates, num_experts,
     NORMALIZE: tl.constexpr, HAS_Z_LOSS: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -100,7 +100,7 @@ def route_backward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = _is_real(real, token, is_token, HAS_PADDING)
+    is_real = _is_real(padding, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     is_true = gate < num_experts
     where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]

@@ -31,7 +31,7 @@ UNITS = 2**53  # probabilities are summed in units of its inverse
 def route(
     x_TD: Tensor,
     gate_GD: Tensor,
-    real_T: Tensor | None,
+    padding_T: Tensor | None,
     rule: KernelRule,
     config: MoEConfig,
     training: bool,
@@ -42,12 +42,12 @@ def route(
     Returns ``x_TD`` too, for the experts, so that one kernel adds the gate's gradient to theirs.
 
     Args:
-        x_TD: float32, bfloat16 or float16. real_T: bool, False at padding; None when nothing is padding.
+        x_TD: float32, bfloat16 or float16. padding_T: bool, True at padding; None when nothing is padding.
         dtype: the dtype in which the experts compute; None: that of ``x_TD``.
     """
     bounds = capacity_bounds(config, x_TD.size(0), rule.most, training, dtype or x_TD.dtype)
     kept: list[Any] = []
-    x_TD, weight_R, prob_sum_G, square = _Route.apply(x_TD, gate_GD, real_T, rule, config, bounds, kept)
+    x_TD, weight_R, prob_sum_G, square = _Route.apply(x_TD, gate_GD, padding_T, rule, config, bounds, kept)
     lists, selected, num_real = kept
     z_loss = config.z_loss_weight * square if config.z_loss_weight > 0 else None
     return x_TD, DevicePlan(
@@ -55,7 +55,7 @@ def route(
         weight_R=weight_R,
         wanted_E=selected.wanted_E,
         num_real_tokens=num_real,
-        balance=DeviceTerms(selected.load_G, prob_sum_G, selected.totals[0]),
+        balance=DeviceTerms(selected.load_G, prob_sum_G, selected.totals[0], selected.coefficient_G),
         entropy=selected.totals[1],
         z_loss=z_loss,
         row_cost=config.row_cost,
@@ -64,13 +64,13 @@ def route(
 
 
 def plan_choices(
-    choices: Choices, real_T: Tensor | None, config: MoEConfig, training: bool, dtype: torch.dtype
+    choices: Choices, padding_T: Tensor | None, config: MoEConfig, training: bool, dtype: torch.dtype
 ) -> DevicePlan:
     """Plan from choices that a router made with torch; the gradient reaches ``choices.weight_TE``."""
     num_tokens, most = choices.expert_TK.shape
     bounds = capacity_bounds(config, num_tokens, most, training, dtype)
     kept: list[Any] = []
-    weight_R = _Serve.apply(choices.weight_TE, choices, real_T, config, bounds, kept)
+    weight_R = _Serve.apply(choices.weight_TE, choices, padding_T, config, bounds, kept)
     lists, selected, num_real = kept
     return DevicePlan(
         lists=lists,
@@ -97,7 +97,7 @@ class _Route(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         gate_GD: Tensor,
-        real_T: Tensor | None,
+        padding_T: Tensor | None,
         rule: KernelRule,
         config: MoEConfig,
         bounds: Bounds,
@@ -105,7 +105,7 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # one function: buffers and launches in their order
         given, x_TD = x_TD, x_TD.contiguous()
-        logits = gate_logits(x_TD, gate_GD, real_T)
+        logits = gate_logits(x_TD, gate_GD, padding_T)
         num_tokens, num_gates, num_experts = x_TD.size(0), rule.num_gates, config.num_experts
         prob_GT = torch.empty(num_gates, num_tokens, device=x_TD.device)
         rank_GT = torch.empty(num_gates, num_tokens, dtype=torch.int32, device=x_TD.device)
@@ -115,24 +115,25 @@ class _Route(torch.autograd.Function):
         matrix = 4.0 * num_tokens * num_gates
         launch(
             route_kernels.route_forward, (-(-num_tokens // block_t),),
-            logits, flags(real_T, logits), prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
+            logits, flags(padding_T, logits), prob_GT, weight_ET, rank_GT, entropy_T, log_mass_T,
             num_tokens, num_gates, num_experts, _threshold_units(rule.threshold), rule.most,
-            BY_THRESHOLD=rule.threshold is not None, NORMALIZE=rule.normalize, HAS_PADDING=real_T is not None,
+            BY_THRESHOLD=rule.threshold is not None, NORMALIZE=rule.normalize, HAS_PADDING=padding_T is not None,
             HAS_NULLS=num_gates > num_experts,
             GATE_BITS=max(1, (num_gates - 1).bit_length()), BLOCK_T=block_t, BLOCK_G=block_g, num_warps=4,
             cost=lambda: Cost(matrix * 3, matrix * 4),
         )  # fmt: skip
         selected, num_real = select_served(
-            rank_GT, prob_GT, prob_GT, real_T, entropy_T, log_mass_T, num_experts, bounds, rule.load_of_all
+            rank_GT, prob_GT, prob_GT, padding_T, entropy_T, log_mass_T, num_experts, bounds, rule.load_of_all
         )
         if rule.load_of_all and num_gates > num_experts:
             # AdaMoE's Eq 6: each null gate gets the mean load of the null gates
-            selected.load_G[num_experts:] = selected.load_G[num_experts:].mean()
+            for values_G in (selected.load_G, selected.coefficient_G):
+                values_G[num_experts:] = values_G[num_experts:].mean()
         lists, weight_R = make_lists(
             rank_GT, prob_GT, weight_ET, (num_tokens, 1), selected, min(rule.most, num_experts), bounds, config
         )
         kept += [lists, selected, num_real]
-        ctx.save_for_backward(x_TD, gate_GD, real_T, prob_GT, rank_GT, lists.slot_ET, log_mass_T, selected.totals)
+        ctx.save_for_backward(x_TD, gate_GD, padding_T, prob_GT, rank_GT, lists.slot_ET, log_mass_T, selected.totals)
         ctx.rule, ctx.num_experts, ctx.max_rows = rule, num_experts, lists.max_rows
         ctx.set_materialize_grads(False)
         return given, weight_R, selected.prob_sum_G, selected.totals[2]
@@ -146,7 +147,7 @@ class _Route(torch.autograd.Function):
         grad_sum_G: Tensor | None,
         grad_square: Tensor | None,
     ) -> tuple[Any, ...]:
-        x_TD, gate_GD, real_T, prob_GT, rank_GT, slot_ET, log_mass_T, totals = ctx.saved_tensors
+        x_TD, gate_GD, padding_T, prob_GT, rank_GT, slot_ET, log_mass_T, totals = ctx.saved_tensors
         grad_weight_R = prob_GT.new_zeros(ctx.max_rows) if grad_weight_R is None else grad_weight_R
         grad_sum_G = prob_GT.new_zeros(prob_GT.size(0)) if grad_sum_G is None else grad_sum_G
         num_gates, num_tokens = prob_GT.shape
@@ -157,16 +158,16 @@ class _Route(torch.autograd.Function):
         matrix = 4.0 * num_tokens * num_gates
         launch(
             route_kernels.route_backward, (-(-num_tokens // block_t),),
-            prob_GT, rank_GT, slot_ET, flags(real_T, prob_GT), log_mass_T,
+            prob_GT, rank_GT, slot_ET, flags(padding_T, prob_GT), log_mass_T,
             grad_weight_R.contiguous(), grad_sum_G.contiguous(), scale, grad_logits,
             num_tokens, num_gates, ctx.num_experts,
-            NORMALIZE=ctx.rule.normalize, HAS_Z_LOSS=has_z_loss, HAS_PADDING=real_T is not None,
+            NORMALIZE=ctx.rule.normalize, HAS_Z_LOSS=has_z_loss, HAS_PADDING=padding_T is not None,
             BLOCK_T=block_t, BLOCK_G=power_of_two(num_gates, 2, 1 << 20), num_warps=4,
             cost=lambda: Cost(matrix * 3 + 4.0 * grad_weight_R.numel(), matrix * 3 + 4.0 * grad_weight_R.numel()),
         )  # fmt: skip
         if ctx.needs_input_grad[0]:
             grad_x = gate_input_gradient(grad_logits, gate_GD, x_TD, grad_x)
-        grad_gate = gate_weight_gradient(grad_logits, x_TD, gate_GD, real_T) if ctx.needs_input_grad[1] else None
+        grad_gate = gate_weight_gradient(grad_logits, x_TD, gate_GD, padding_T) if ctx.needs_input_grad[1] else None
         return grad_x, grad_gate, None, None, None, None, None
 
 
@@ -178,7 +179,7 @@ class _Serve(torch.autograd.Function):
         ctx: Any,
         weight_TE: Tensor,
         choices: Choices,
-        real_T: Tensor | None,
+        padding_T: Tensor | None,
         config: MoEConfig,
         bounds: Bounds,
         kept: list[Any],
@@ -186,7 +187,7 @@ class _Serve(torch.autograd.Function):
         num_experts = weight_TE.size(1)
         rank_ET, score_ET = by_expert(choices, num_experts)
         selected, num_real = select_served(
-            rank_ET, score_ET, None, real_T, None, None, num_experts, bounds, load_of_all=False
+            rank_ET, score_ET, None, padding_T, None, None, num_experts, bounds, load_of_all=False
         )
         steps = (weight_TE.stride(1), weight_TE.stride(0))
         lists, weight_R = make_lists(

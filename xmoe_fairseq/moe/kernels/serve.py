@@ -79,8 +79,8 @@ def _search(
 
 @triton.jit(do_not_specialize=["num_tokens", "numerator", "denominator", "least"])
 def select(
-    rank_GT, score_GT, prob_GT, real, entropy_T, log_mass_T,
-    count_E, wanted_E, cut_E, ties_E, load_G, prob_sum_G, totals, real_count,
+    rank_GT, score_GT, prob_GT, padding, entropy_T, log_mass_T,
+    count_E, wanted_E, cut_E, ties_E, load_G, coefficient_G, prob_sum_G, totals, real_count,
     num_tokens, num_gates, num_experts, numerator, denominator, least,
     LIMITED: tl.constexpr, LOAD_OF_ALL: tl.constexpr, HAS_PROB: tl.constexpr, HAS_PADDING: tl.constexpr,
     BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
@@ -93,6 +93,7 @@ def select(
         count_E, wanted_E: int64 out. cut_E: int64 out, key (rank, 2^31 - 1 - bits of the score) of the last served
             pair. ties_E: int32 out, the number of served pairs of that key.
         load_G, prob_sum_G: float32 out. LOAD_OF_ALL: the load counts all choices instead of first ones.
+        coefficient_G: float32 out, load * G / tokens^2: the balance loss is its inner product with prob_sum_G.
         totals: float32 out: real tokens, mean of entropy_T, mean of log_mass_T^2. real_count: int64 out, real tokens.
     """
     # one function: a kernel in the order of its questions
@@ -103,7 +104,7 @@ def select(
         num_real = 0
         for start in range(NUM_BLOCKS):
             token = start * BLOCK_T + block
-            flags = tl.load(real + token, mask=token < num_tokens, other=0) != 0
+            flags = tl.load(padding + token, mask=token < num_tokens, other=1) == 0
             num_real += tl.sum(flags.to(tl.int32), axis=0)
     if gate == num_gates:
         _mean_over_tokens(
@@ -121,7 +122,10 @@ def select(
         if HAS_PROB:
             prob_sum += tl.sum(tl.load(prob_GT + column + token, mask=token < num_tokens, other=0.0), axis=0)
     if HAS_PROB:
-        tl.store(load_G + gate, (wanted if LOAD_OF_ALL else load).to(tl.float32))
+        counted = (wanted if LOAD_OF_ALL else load).to(tl.float32)
+        tokens = tl.maximum(num_real.to(tl.float32), 1.0)
+        tl.store(load_G + gate, counted)
+        tl.store(coefficient_G + gate, counted * (num_gates / (tokens * tokens)))
         tl.store(prob_sum_G + gate, prob_sum)
     if gate >= num_experts:
         return
@@ -177,46 +181,67 @@ def place(
     num_tokens, num_experts, max_tiles, weight_step_e, weight_step_t,
     TILE_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One program per expert writes its rows and its tiles of TILE_ROWS rows; one more marks the tiles left over.
+    """One program per expert and block of tokens writes the rows of their pairs.
 
+    The first block of an expert also writes its tiles of TILE_ROWS rows; one more expert marks the tiles left over.
     Rows are sorted by expert, then by token. Out:
         slot_ET: int32, the row of a pair, -1 if it is not served. token_R: int32. weight_R: float32.
         row_end_E: int32, the end of the expert's rows. tile_expert: int32, -1: no tile. tile_row: int32.
     """
-    expert = tl.program_id(0)
+    expert, block = tl.program_id(0), tl.program_id(1)
     other = tl.arange(0, BLOCK_E)
     count = tl.load(count_E + other, mask=other < num_experts, other=0).to(tl.int32)
+    row = tl.sum(tl.where(other < expert, count, 0), axis=0)
+    if block == 0:
+        _write_tiles(
+            count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles, TILE_ROWS, BLOCK_E
+        )
+    if expert == num_experts:
+        return
+    cut = tl.load(cut_E + expert)
+    ties = tl.load(ties_E + expert)
+    column = expert.to(tl.int64) * num_tokens
+    # pairs of earlier blocks are counted again here, so that no block waits for another
+    ahead, ties_ahead = tl.zeros((BLOCK_T,), tl.int32), tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, block * BLOCK_T, BLOCK_T):
+        key = _priority(rank_GT, score_GT, column, start + tl.arange(0, BLOCK_T), num_tokens)
+        ahead += (key < cut).to(tl.int32)
+        ties_ahead += (key == cut).to(tl.int32)
+    served_ties = tl.minimum(tl.sum(ties_ahead, axis=0), ties)
+    row += tl.sum(ahead, axis=0) + served_ties
+    token = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    key = _priority(rank_GT, score_GT, column, token, num_tokens)
+    is_tie = (key == cut).to(tl.int32)
+    tie_place = tl.cumsum(is_tie, axis=0) - is_tie
+    kept = (key < cut) | ((is_tie != 0) & (tie_place < ties - served_ties))
+    kept_int = kept.to(tl.int32)
+    slot = row + tl.cumsum(kept_int, axis=0) - kept_int
+    tl.store(slot_ET + column + token, tl.where(kept, slot, -1), mask=token < num_tokens)
+    tl.store(token_R + slot, token, mask=kept)
+    from_weight = expert.to(tl.int64) * weight_step_e + token.to(tl.int64) * weight_step_t
+    tl.store(weight_R + slot, tl.load(weight_ET + from_weight, mask=kept, other=0.0), mask=kept)
+
+
+@triton.jit
+def _write_tiles(
+    count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles,
+    TILE_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The tiles of one expert, whose rows begin at ``row``; behind the last expert: those that are left over."""
+    other = tl.arange(0, BLOCK_E)
     tiles = (count + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.sum(tl.where(other < expert, tiles, 0), axis=0)
     if expert == num_experts:
         for start in range(first_tile, max_tiles, BLOCK_E):
             tl.store(tile_expert + start + other, tl.full((BLOCK_E,), -1, tl.int32), mask=start + other < max_tiles)
-        return
-    row = tl.sum(tl.where(other < expert, count, 0), axis=0)
-    num_rows = tl.sum(tl.where(other == expert, count, 0), axis=0)
-    tl.store(row_end_E + expert, row + num_rows)
-    num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
-    for start in range(0, num_tiles, BLOCK_E):
-        mask = start + other < num_tiles
-        tl.store(tile_expert + first_tile + start + other, tl.zeros((BLOCK_E,), tl.int32) + expert, mask=mask)
-        tl.store(tile_row + first_tile + start + other, row + (start + other) * TILE_ROWS, mask=mask)
-    cut = tl.load(cut_E + expert)
-    ties_left = tl.load(ties_E + expert)
-    column = expert.to(tl.int64) * num_tokens
-    for start in range(0, num_tokens, BLOCK_T):
-        token = start + tl.arange(0, BLOCK_T)
-        key = _priority(rank_GT, score_GT, column, token, num_tokens)
-        is_tie = (key == cut).to(tl.int32)
-        tie_place = tl.cumsum(is_tie, axis=0) - is_tie
-        kept = ((key < cut) | ((is_tie != 0) & (tie_place < ties_left))) & (key < NOT_CHOSEN)
-        ties_left -= tl.sum(is_tie, axis=0)
-        kept_int = kept.to(tl.int32)
-        slot = row + tl.cumsum(kept_int, axis=0) - kept_int
-        tl.store(slot_ET + column + token, tl.where(kept, slot, -1), mask=token < num_tokens)
-        tl.store(token_R + slot, token, mask=kept)
-        from_weight = expert.to(tl.int64) * weight_step_e + token.to(tl.int64) * weight_step_t
-        tl.store(weight_R + slot, tl.load(weight_ET + from_weight, mask=kept, other=0.0), mask=kept)
-        row += tl.sum(kept_int, axis=0)
+    else:
+        num_rows = tl.sum(tl.where(other == expert, count, 0), axis=0)
+        tl.store(row_end_E + expert, row + num_rows)
+        num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
+        for start in range(0, num_tiles, BLOCK_E):
+            mask = start + other < num_tiles
+            tl.store(tile_expert + first_tile + start + other, tl.zeros((BLOCK_E,), tl.int32) + expert, mask=mask)
+            tl.store(tile_row + first_tile + start + other, row + (start + other) * TILE_ROWS, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

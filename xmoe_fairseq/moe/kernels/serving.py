@@ -13,7 +13,7 @@ from . import serve as serve_kernels
 from .gating import flags
 from .launch import Cost, launch
 from .plan import Lists
-from .tiles import power_of_two, select_blocks, tile_rows, token_block
+from .tiles import place_blocks, power_of_two, select_blocks, tile_rows, token_block
 
 # Above this the host waits for the number of rows if no capacity bounds it.
 ROW_LIMIT_BYTES = 1 << 30
@@ -36,6 +36,7 @@ class Selected(NamedTuple):
     cut_E: Tensor
     ties_E: Tensor
     load_G: Tensor
+    coefficient_G: Tensor
     prob_sum_G: Tensor
     totals: Tensor
 
@@ -71,7 +72,7 @@ def select_served(
     rank_GT: Tensor,
     score_GT: Tensor,
     prob_GT: Tensor | None,
-    real_T: Tensor | None,
+    padding_T: Tensor | None,
     entropy_T: Tensor | None,
     log_mass_T: Tensor | None,
     num_experts: int,
@@ -82,21 +83,21 @@ def select_served(
     device = rank_GT.device
     counts = torch.empty(3 * num_experts + 1, dtype=torch.int64, device=device)
     ties_E = torch.empty(num_experts, dtype=torch.int32, device=device)
-    load_G, prob_sum_G, totals = (torch.empty(size, device=device) for size in (num_gates, num_gates, 3))
+    load_G, coefficient_G, prob_sum_G, totals = (torch.empty(size, device=device) for size in (*3 * [num_gates], 3))
     count_E, wanted_E, cut_E, num_real = counts.split([num_experts, num_experts, num_experts, 1])
     block, num_blocks, warps = select_blocks(num_tokens)
     matrix = 4.0 * num_tokens * num_gates
     launch(
         serve_kernels.select, (num_gates + 1,),
-        rank_GT, score_GT, score_GT if prob_GT is None else prob_GT, flags(real_T, score_GT),
+        rank_GT, score_GT, score_GT if prob_GT is None else prob_GT, flags(padding_T, score_GT),
         score_GT if entropy_T is None else entropy_T, score_GT if log_mass_T is None else log_mass_T,
-        count_E, wanted_E, cut_E, ties_E, load_G, prob_sum_G, totals, num_real,
+        count_E, wanted_E, cut_E, ties_E, load_G, coefficient_G, prob_sum_G, totals, num_real,
         num_tokens, num_gates, num_experts, bounds.numerator, bounds.denominator, bounds.least,
         LIMITED=bounds.numerator > 0, LOAD_OF_ALL=load_of_all, HAS_PROB=prob_GT is not None,
-        HAS_PADDING=real_T is not None, BLOCK_T=block, NUM_BLOCKS=num_blocks, num_warps=warps,
+        HAS_PADDING=padding_T is not None, BLOCK_T=block, NUM_BLOCKS=num_blocks, num_warps=warps,
         cost=lambda: Cost(2 * matrix, 3 * matrix),
     )  # fmt: skip
-    return Selected(count_E, wanted_E, cut_E, ties_E, load_G, prob_sum_G, totals), num_real[0]
+    return Selected(count_E, wanted_E, cut_E, ties_E, load_G, coefficient_G, prob_sum_G, totals), num_real[0]
 
 
 def make_lists(
@@ -121,20 +122,21 @@ def make_lists(
     row_end_E, count_T = ints(num_experts), ints(num_tokens)
     weight_R = torch.empty(bounds.rows, device=device)
     matrix = 4.0 * num_tokens * num_experts
-    block_e = power_of_two(num_experts, 2, 1 << 20)
+    block, num_blocks, warps = place_blocks(num_tokens)
+    reads = 2 * matrix * (num_blocks + 1) / 2  # a block reads what is before it, too
     launch(
-        serve_kernels.place, (num_experts + 1,),
+        serve_kernels.place, (num_experts + 1, num_blocks),
         rank_GT, score_GT, weight, selected.count_E, selected.cut_E, selected.ties_E,
         slot_ET, token_R, weight_R, row_end_E, tile_expert, tile_row,
         num_tokens, num_experts, bounds.tiles, *weight_steps,
-        TILE_ROWS=bounds.tile_rows, BLOCK_T=power_of_two(num_tokens, 128, 8192), BLOCK_E=block_e, num_warps=16,
-        cost=lambda: Cost(3 * matrix + 12.0 * bounds.rows, 3 * matrix + 12.0 * bounds.rows),
+        TILE_ROWS=bounds.tile_rows, BLOCK_T=block, BLOCK_E=power_of_two(num_experts, 2, 1 << 20), num_warps=warps,
+        cost=lambda: Cost(3 * matrix + 12.0 * bounds.rows, reads + matrix + 12.0 * bounds.rows),
     )  # fmt: skip
     block_t = token_block(num_experts)
     launch(
         serve_kernels.by_token, (-(-num_tokens // block_t),),
         slot_ET, row_TK, count_T, num_tokens, num_experts, most,
-        BLOCK_T=block_t, BLOCK_E=block_e, num_warps=4,
+        BLOCK_T=block_t, BLOCK_E=power_of_two(num_experts, 2, 1 << 20), num_warps=4,
         cost=lambda: Cost(matrix + 4.0 * (bounds.rows + num_tokens), matrix + 4.0 * (bounds.rows + num_tokens)),
     )  # fmt: skip
     lists = Lists(

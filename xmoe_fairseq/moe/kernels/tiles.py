@@ -10,6 +10,7 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 MAX_SELECT_BLOCK = 16384
+LEAST_PLACE_BLOCK = 1024
 
 
 def power_of_two(number: int, least: int, most: int) -> int:
@@ -105,6 +106,13 @@ def token_block(num_gates: int) -> int:
 def select_blocks(num_tokens: int) -> tuple[int, int, int]:
     """Tokens in a block, blocks, warps of the program that finds an expert's last served pair."""
     block = power_of_two(num_tokens, 128, MAX_SELECT_BLOCK)
+    return block, max(1, -(-num_tokens // block)), power_of_two(block // 256, 1, 16)
+
+
+@cache
+def place_blocks(num_tokens: int) -> tuple[int, int, int]:
+    """Tokens in a block, blocks, warps of the programs that number an expert's rows: about eight blocks."""
+    block = power_of_two(-(-num_tokens // 8), power_of_two(num_tokens, 128, LEAST_PLACE_BLOCK), 8192)
     return block, max(1, -(-num_tokens // block)), power_of_two(block // 256, 1, 16)
 
 
