@@ -102,6 +102,9 @@ def test_sums_for_the_losses_and_their_gradients() -> None:
     z_loss = 0.5 * scores.logsumexp(-1).square().mean()
     assert plan.balance.load_G.tolist() == torch.bincount(prob.argmax(-1), minlength=5).tolist()
     assert_near(plan.balance.prob_sum_G.cpu(), prob.sum(0))
+    want_balance = 5 * (plan.balance.load_G.cpu() / 7 * prob.sum(0) / 7).sum()  # 7 of the 9 tokens are real
+    assert_near(plan.balance.loss().cpu(), want_balance)
+    assert_near(plan.balance.with_counts(plan.balance.counts()).loss().cpu(), want_balance)
     assert_near(plan.z_loss.cpu(), z_loss)
     pull = torch.arange(5.0)
     want = torch.autograd.grad((prob.sum(0) * pull).sum() + z_loss, weight)[0]

@@ -193,9 +193,7 @@ def place(
     count = tl.load(count_E + other, mask=other < num_experts, other=0).to(tl.int32)
     row = tl.sum(tl.where(other < expert, count, 0), axis=0)
     if block == 0:
-        _write_tiles(
-            count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles, TILE_ROWS, BLOCK_E
-        )
+        _write_tiles(count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles, TILE_ROWS, BLOCK_E)
     if expert == num_experts:
         return
     cut = tl.load(cut_E + expert)
