@@ -18,6 +18,8 @@ from xmoe_fairseq.criterions.load_balance import (
     layer_label,
 )
 from xmoe_fairseq.moe.balance import balance_loss, first_choice_terms
+from xmoe_fairseq.moe.registry import ROUTERS
+from xmoe_fairseq.moe.routers.top_k import TopKRouter
 
 SIDES = ("moe_encoder_1", "moe_decoder_1")
 FIGURES = ("wanted", "used", "dropped", "load_cv", "entropy", "balance", "flops")
@@ -180,6 +182,31 @@ def test_two_ranks_together_have_the_loss_and_gradient_of_one_batch(monkeypatch:
         got += torch.autograd.grad(loss.sum(), logits)[0] / 30  # fairseq adds the ranks, divides by the sample size
     torch.testing.assert_close(got, want)
     assert value == pytest.approx(float(balance_loss(terms_of(slice(0, 30)))))
+
+
+def test_a_router_with_further_gates_is_balanced_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ThreeMoreGates(TopKRouter):
+        @classmethod
+        def num_gates(cls, config: Any) -> int:
+            return int(config.num_experts) + 3
+
+        def choose(self, prob_TG: Tensor, real_T: Any, token_ids_T: Any) -> Any:
+            own = super().choose(prob_TG[:, :-3], real_T, token_ids_T)
+            return own._replace(balance=first_choice_terms(prob_TG, own.expert_TK[:, 0], real_T))
+
+    monkeypatch.setitem(ROUTERS, "three_more", ThreeMoreGates)
+    model, given = tiny_model(moe_router="three_more", moe_top_k=1), batch([5, 3, 7])
+    alone = criterion()(model, given)[0]
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(distributed_utils, "get_data_parallel_group", lambda: None)
+    monkeypatch.setattr(distributed_utils, "all_reduce", lambda summed, group: None)  # the other rank has nothing
+    torch.testing.assert_close(criterion()(model, given)[0], alone)
+
+
+@pytest.mark.parametrize("weight", [-0.01, float("nan"), float("inf")])
+def test_a_weight_that_is_no_weight_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"balance_loss_weight \(.*\) must not be negative; .* 0 turns it off"):
+        criterion(weight=weight)
 
 
 def test_a_layer_that_runs_twice_is_refused_on_several_ranks() -> None:

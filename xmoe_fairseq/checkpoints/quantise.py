@@ -114,7 +114,7 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
 def layer_errors(before: State, after: State) -> list[dict[str, Any]]:
     """Relative errors (Frobenius norm) of each MoE layer: of its matrices, and of its output on Gaussian rows.
 
-    The rows go through both experts with the routing of the layer's own router.
+    The rows go through both kinds of experts, one expert a row, with a random router that uses all experts.
     """
     settings, rows = with_defaults(flat_settings(before)), []
     for side, index in moe_layers(before):

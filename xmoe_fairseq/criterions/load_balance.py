@@ -27,6 +27,8 @@ from torch import Tensor
 
 from ..moe import MoELayer, RoutingPlan
 from ..moe.balance import BalanceTerms, SpreadTerms
+from ..moe.registry import router_class
+from ..moe.settings import not_negative
 from ..moe.statistics import FIGURES, routing_figures, routing_sums
 
 Plans = dict[str, list[RoutingPlan]]
@@ -35,6 +37,14 @@ Terms = BalanceTerms | SpreadTerms
 
 def _balance_weight() -> Any:
     return field(default=0.01, metadata={"help": "weight of the balance loss, summed over MoE layers (0: none)"})
+
+
+def _checked(balance_loss_weight: float) -> float:
+    if not not_negative(balance_loss_weight):
+        raise ValueError(
+            f"balance_loss_weight ({balance_loss_weight}) must not be negative; 0.01 is the paper's, 0 turns it off"
+        )
+    return balance_loss_weight
 
 
 @dataclass
@@ -94,7 +104,7 @@ class LabelSmoothedLoadBalanceCriterion(_LoadBalance, LabelSmoothedCrossEntropyC
 
     def __init__(self, task: Any, balance_loss_weight: float, **kwargs: Any) -> None:
         super().__init__(task, **kwargs)
-        self.balance_loss_weight = balance_loss_weight
+        self.balance_loss_weight = _checked(balance_loss_weight)
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "LabelSmoothedLoadBalanceCriterion":
@@ -114,7 +124,7 @@ class LoadBalanceCriterion(_LoadBalance, CrossEntropyCriterion):
 
     def __init__(self, task: Any, sentence_avg: bool, balance_loss_weight: float) -> None:
         super().__init__(task, sentence_avg)
-        self.balance_loss_weight = balance_loss_weight
+        self.balance_loss_weight = _checked(balance_loss_weight)
 
 
 def _scaled_balance(model: Any, plans: Plans, sample: Any, sample_size: Any) -> Tensor | float:
@@ -124,7 +134,7 @@ def _scaled_balance(model: Any, plans: Plans, sample: Any, sample_size: Any) -> 
     }
     if model.training and plans and distributed_utils.get_data_parallel_world_size() > 1:
         layers = (module for module in model.modules() if isinstance(module, MoELayer))
-        gates = [layer.config.num_experts + layer.config.num_null_experts for layer in layers]
+        gates = [router_class(layer.config.router).num_gates(layer.config) for layer in layers]
         return _global_balance(list(terms.values()), gates, sample_size, is_dummy=sample.get("is_dummy_batch", False))
     every_term = [term for layer_terms in terms.values() for term in layer_terms]
     return sum(term.loss() for term in every_term) * sample_size if every_term else 0.0
@@ -136,7 +146,8 @@ def _global_balance(terms: list[list[Terms]], gates: list[int], sample_size: Any
     Args:
         terms: balance terms of each MoE layer; empty if the layer did not run on this rank (LayerDrop draws for each
             rank) or its router has no balance loss.
-        gates: experts of each MoE layer, true and null. They fix the length of the summed tensor on every rank.
+        gates: rows of each MoE layer's gate, null experts among them. They fix the length of the summed tensor on
+            every rank.
         is_dummy: True if this rank has no batch left at the uneven end of an epoch; a dummy batch counts nowhere.
     """
     device = next((layer[0].counts().device for layer in terms if layer), torch.device("cpu"))
@@ -157,7 +168,7 @@ def _global_balance(terms: list[list[Terms]], gates: list[int], sample_size: Any
         if layer:
             term = _only(layer)
             total = total + term.with_counts(part[: term.counts().numel()]).loss()
-    return total * parts[-1]
+    return total * parts[-1][0]
 
 
 def _only(layer: list[Terms]) -> Terms:

@@ -94,10 +94,9 @@ class _MoEFeedForward:
         self.activation_dropout_module = FairseqDropout(0.0)
 
     def _feed_forward(self, x_TBD: Tensor) -> Tensor:
-        batch = self.tokens.batch
-        return self.moe(x_TBD, padding=batch.padding_TB, token_ids=batch.ids_TB, context=self.sentence_context(batch))[
-            0
-        ]
+        batch, context = self.tokens.batch, self.sentence_context(self.tokens.batch)
+        y_TBD, _ = self.moe(x_TBD, padding=batch.padding_TB, token_ids=batch.ids_TB, context=context)
+        return y_TBD
 
     def sentence_context(self, batch: CurrentBatch) -> SentenceContext | None:
         return None
@@ -109,10 +108,8 @@ class _MoEFeedForward:
         return checkpoint(self._recomputed_forward, self.tokens.batch, x, args, kwargs, use_reentrant=False)
 
     def _recomputed_forward(self, batch: CurrentBatch, x: Tensor, args: Any, kwargs: Any) -> Any:
-        current, self.tokens.batch = (
-            self.tokens.batch,
-            batch,
-        )  # another batch may have been set before the recomputation
+        current = self.tokens.batch
+        self.tokens.batch = batch  # another one may have been set before the recomputation
         try:
             return super().forward(x, *args, **kwargs)
         finally:

@@ -313,3 +313,14 @@ def test_inputs_that_do_not_fit():
         layer(torch.randn(2, 2, 2, D))
     with pytest.raises(ValueError, match="one vector per sentence"):
         layer(torch.randn(2, 3, D), context=SentenceContext(torch.randn(2, D)))
+
+
+@pytest.mark.parametrize("shape", [(0, D), (0, 3, D), (4, 0, D)])
+def test_a_batch_without_tokens_gives_an_empty_output_and_no_nan(shape):
+    layer = build().train()
+    x = torch.zeros(shape, requires_grad=True)
+    y, plan = layer(x)
+    assert y.shape == x.shape
+    assert plan.token_index_A.numel() == 0
+    assert torch.isfinite(plan.balance_loss)
+    y.sum().backward()

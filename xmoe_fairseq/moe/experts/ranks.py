@@ -48,7 +48,7 @@ def build_experts(config: MoEConfig) -> Any:
     if spread:
         raise ValueError(
             f"moe_weights {config.weights} with moe_expert_parallel runs on one rank, not on {num_ranks()}; "
-            "translate with a process for each share of the text instead (eval.translate --processes)"
+            "translate with a process for each share of the text instead (xmoe translate --workers)"
         )
     return QUANTISED[config.weights](config)
 

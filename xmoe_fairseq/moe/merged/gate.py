@@ -11,7 +11,6 @@ from ..config import MoEConfig
 from ..ordering import sort_descending
 
 # Added to the learned standard deviation of the gate's noise, as in the official code.
-
 NOISE_FLOOR = 1e-2
 
 
@@ -85,7 +84,7 @@ def masked_mean(x_TBD: Tensor, real_TB: Tensor | None) -> Tensor:
     """float32 (B, D): mean over the positions that are not padding; 0 for a sentence without any."""
     x_TBD = x_TBD.float()
     if real_TB is None:
-        return x_TBD.mean(dim=0)
+        return x_TBD.sum(dim=0) / max(x_TBD.size(0), 1)
     total_BD = x_TBD.masked_fill(~real_TB.unsqueeze(-1), 0.0).sum(dim=0)
     return total_BD / real_TB.sum(dim=0).clamp(min=1).unsqueeze(-1)
 

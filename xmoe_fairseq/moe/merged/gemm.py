@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from .gate import GateChoice
 
 # Largest count of merged numbers that exist at one time, per bank: 64 MiB in float32, 32 sentences of 512 x 1024.
-
 CHUNK_NUMBERS = 2**24
 
 

@@ -177,7 +177,7 @@ class MergedMoELayer(MoELayer):
         real_B = None if real_TB is None else real_TB.any(dim=0)
 
         def per_token(value_BE: Tensor) -> Tensor:
-            return value_BE.expand(x_TBD.size(0), *value_BE.shape).reshape(num_tokens, -1)
+            return value_BE.expand(x_TBD.size(0), *value_BE.shape).reshape(num_tokens, value_BE.size(-1))
 
         real_T = None if real_TB is None else real_TB.reshape(-1)
         expert_TK = per_token(choice1.expert_BK)

@@ -21,8 +21,7 @@ class AdaMoERouter(TopKRouter):
     """Top-k over E experts and m null experts; weights are renormalised over a token's chosen true experts.
 
     Choices of null experts are removed before capacity. A token whose k choices are all null experts has output 0; with
-    k > m there is none. State:
-    ``weight`` (E + m, D), true experts first.
+    k > m there is none. State: ``weight`` (E + m, D), true experts first.
     """
 
     settings = (
