@@ -40,9 +40,8 @@ def assert_lists(lists: Lists, expert_A: Tensor, token_A: Tensor) -> None:
     assert lists.row_end_E.tolist() == count_E.cumsum(0).tolist()
     wanted_tiles = []
     for expert, (count, end) in enumerate(zip(count_E.tolist(), count_E.cumsum(0).tolist(), strict=True)):
-        wanted_tiles += [(expert, row) for row in range(end - count, end, height)]
-    tiles = zip(lists.tile_expert.tolist(), lists.tile_row.tolist(), strict=True)
-    assert [tile for tile in tiles if tile[0] >= 0] == wanted_tiles
+        wanted_tiles += [[expert, row, end] for row in range(end - count, end, height)]
+    assert [tile for tile in lists.tile_N3.tolist() if tile[0] >= 0] == wanted_tiles
     rows: list[list[int]] = [[] for _ in range(lists.num_tokens)]
     for row, token in enumerate(token_A.tolist()):
         rows[token].append(row)

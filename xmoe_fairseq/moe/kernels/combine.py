@@ -23,7 +23,7 @@ def combine_rows(rows, row_TK, count_T, y, width, most, BLOCK_D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["max_rows", "num_parts"])
 def row_weight_backward(
-    grad_y, b2, weight_R, inner_PR, token_R, tile_expert, tile_row, row_end_E, grad_weight_R, output_sum,
+    grad_y, b2, weight_R, inner_PR, token_R, tile_N3, grad_weight_R, output_sum,
     width, max_rows, num_parts,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def row_weight_backward(
         grad_weight_R: float32 out. output_sum: float32 out (tiles, D), sums of weight * grad_y over a tile's rows.
     """
     tile = tl.program_id(0)
-    expert, first, end, row, in_rows = tile_of(tile_expert, tile_row, row_end_E, tile, BLOCK_M)
+    expert, first, end, row, in_rows = tile_of(tile_N3, tile, BLOCK_M)
     if expert < 0:
         return
     token = tl.load(token_R + row, mask=in_rows, other=0).to(tl.int64)

@@ -124,8 +124,8 @@ def _up(
     pre_RF = torch.empty_like(hidden_RF) if save_pre else hidden_RF
     num_n = -(-num_hidden // tile.n)
     launch(
-        grouped_kernels.expert_up, (lists.tile_expert.numel() * num_n,),
-        x_TD, w1, b1, weight_R, pre_RF, hidden_RF, lists.token_R, lists.tile_expert, lists.tile_row, lists.row_end_E,
+        grouped_kernels.expert_up, (lists.num_tiles * num_n,),
+        x_TD, w1, b1, weight_R, pre_RF, hidden_RF, lists.token_R, lists.tile_N3,
         x_TD if seed is None else seed, width, num_hidden, rule.dropout,
         ACTIVATION=rule.activation, SAVE_PRE=save_pre, HAS_DROPOUT=seed is not None, PARTS=tile.parts,
         **_tile_constants(tile, width, x_TD.dtype),
@@ -140,9 +140,9 @@ def _down(rows_RK: Tensor, weight: Tensor, bias: Tensor | None, weight_R: Tensor
     tile = row_tile(lists.tile_rows, num_n, num_k, rows_RK.dtype)
     out_RN = rows_RK.new_empty(lists.max_rows, num_n)
     launch(
-        grouped_kernels.rows_times_experts, (lists.tile_expert.numel() * -(-num_n // tile.n),),
+        grouped_kernels.rows_times_experts, (lists.num_tiles * -(-num_n // tile.n),),
         rows_RK, weight, weight if bias is None else bias, weight_R, out_RN,
-        lists.tile_expert, lists.tile_row, lists.row_end_E, num_k, num_n, *weight.stride(), HAS_BIAS=bias is not None,
+        lists.tile_N3, num_k, num_n, *weight.stride(), HAS_BIAS=bias is not None,
         **_tile_constants(tile, num_k, rows_RK.dtype),
         cost=lambda: _product_cost(lists, tile, num_n, num_k, rows_RK, stored=1),
     )  # fmt: skip
@@ -175,14 +175,14 @@ def _hidden_backward(
     """Gradient of the pre-activations (R, F), its sums over the rows of each tile, parts of the weights' gradient."""
     _, num_hidden, width = w2.shape
     tile = row_tile(lists.tile_rows, num_hidden, width, pre_RF.dtype, most_n=64)
-    tiles, parts = lists.tile_expert.numel(), -(-num_hidden // tile.n)
+    tiles, parts = lists.num_tiles, -(-num_hidden // tile.n)
     grad_pre_RF = torch.empty_like(pre_RF)
     hidden_sum = torch.empty(tiles, num_hidden, device=pre_RF.device)
     inner_PR = torch.empty(parts, lists.max_rows, device=pre_RF.device)
     launch(
         grouped_kernels.hidden_backward, (tiles * parts,),
         grad_TD, w2, pre_RF, weight_R, grad_pre_RF, inner_PR, hidden_sum,
-        lists.token_R, lists.tile_expert, lists.tile_row, lists.row_end_E, pre_RF if seed is None else seed,
+        lists.token_R, lists.tile_N3, pre_RF if seed is None else seed,
         width, num_hidden, rule.dropout, lists.max_rows, ACTIVATION=rule.activation, HAS_DROPOUT=seed is not None,
         **_tile_constants(tile, width, pre_RF.dtype),
         cost=lambda: _product_cost(lists, tile, num_hidden, width, pre_RF, stored=2),
@@ -194,14 +194,14 @@ def _row_weight_backward(
     grad_TD: Tensor, b2: Tensor, weight_R: Tensor, inner_PR: Tensor, lists: Lists
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the rows' weights, and the sums of weight * ``grad_TD`` over the rows of each tile (tiles, D)."""
-    width, tiles = b2.size(1), lists.tile_expert.numel()
+    width, tiles = b2.size(1), lists.num_tiles
     grad_weight_R = torch.empty(lists.max_rows, device=b2.device)
     output_sum = torch.empty(tiles, width, device=b2.device)
     rows = reckoned_rows(lists.max_rows)
     moved = float(rows * (width * grad_TD.element_size() + 4 * inner_PR.size(0)) + output_sum.nbytes)
     launch(
         combine_kernels.row_weight_backward, (tiles,),
-        grad_TD, b2, weight_R, inner_PR, lists.token_R, lists.tile_expert, lists.tile_row, lists.row_end_E,
+        grad_TD, b2, weight_R, inner_PR, lists.token_R, lists.tile_N3,
         grad_weight_R, output_sum, width, lists.max_rows, inner_PR.size(0),
         BLOCK_P=16, BLOCK_M=lists.tile_rows, BLOCK_D=power_of_two(width, 16, 64),
         num_warps=power_of_two(lists.tile_rows // 16, 1, 8), cost=lambda: Cost(moved, moved),

@@ -21,7 +21,7 @@ class Lists:
     Attributes:
         token_R: int32, token of each row; rows are sorted by expert, then by token.
         row_end_E: int32, the end of the expert's rows.
-        tile_expert, tile_row: int32, expert (-1: none) and first row of each tile of ``tile_rows`` rows.
+        tile_N3: int32, for each tile of ``tile_rows`` rows its expert (-1: none), first row, end of the expert's rows.
         slot_ET: int32, row of each pair, -1 where it is not served.
         row_TK: int32, the rows of each token, by expert. count_T: int32, their number.
         count_E: int64, rows of each expert.
@@ -30,14 +30,17 @@ class Lists:
 
     token_R: Tensor
     row_end_E: Tensor
-    tile_expert: Tensor
-    tile_row: Tensor
+    tile_N3: Tensor
     slot_ET: Tensor
     row_TK: Tensor
     count_T: Tensor
     count_E: Tensor
     max_rows: int
     tile_rows: int
+
+    @property
+    def num_tiles(self) -> int:
+        return self.tile_N3.size(0)
 
     @property
     def num_experts(self) -> int:
@@ -162,8 +165,7 @@ def lists_of(plan: RoutingPlan, dtype: torch.dtype) -> Lists:
     return Lists(
         token_R=plan.token_index_A.int(),
         row_end_E=end_E.int(),
-        tile_expert=torch.where(is_tile, expert, -1).int(),
-        tile_row=first_row.int(),
+        tile_N3=torch.stack([torch.where(is_tile, expert, -1), first_row, end_E[expert]], dim=1).int(),
         slot_ET=count_E.new_empty(0, dtype=torch.int32),
         row_TK=row_TK,
         count_T=count_T.int(),

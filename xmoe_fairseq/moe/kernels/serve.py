@@ -177,7 +177,7 @@ def _mean_over_tokens(
 @triton.jit(do_not_specialize=["num_tokens", "max_tiles"])
 def place(
     rank_GT, score_GT, weight_ET, count_E, cut_E, ties_E,
-    slot_ET, token_R, weight_R, row_end_E, tile_expert, tile_row,
+    slot_ET, token_R, weight_R, row_end_E, tile_N3,
     num_tokens, num_experts, max_tiles, weight_step_e, weight_step_t,
     TILE_ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -186,14 +186,14 @@ def place(
     The first block of an expert also writes its tiles of TILE_ROWS rows; one more expert marks the tiles left over.
     Rows are sorted by expert, then by token. Out:
         slot_ET: int32, the row of a pair, -1 if it is not served. token_R: int32. weight_R: float32.
-        row_end_E: int32, the end of the expert's rows. tile_expert: int32, -1: no tile. tile_row: int32.
+        row_end_E: int32, the end of the expert's rows. tile_N3: int32, expert (-1: no tile), first row, row_end_E.
     """
     expert, block = tl.program_id(0), tl.program_id(1)
     other = tl.arange(0, BLOCK_E)
     count = tl.load(count_E + other, mask=other < num_experts, other=0).to(tl.int32)
     row = tl.sum(tl.where(other < expert, count, 0), axis=0)
     if block == 0:
-        _write_tiles(count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles, TILE_ROWS, BLOCK_E)
+        _write_tiles(count, row, expert, row_end_E, tile_N3, num_experts, max_tiles, TILE_ROWS, BLOCK_E)
     if expert == num_experts:
         return
     cut = tl.load(cut_E + expert)
@@ -222,7 +222,7 @@ def place(
 
 @triton.jit
 def _write_tiles(
-    count, row, expert, row_end_E, tile_expert, tile_row, num_experts, max_tiles,
+    count, row, expert, row_end_E, tile_N3, num_experts, max_tiles,
     TILE_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one expert, whose rows begin at ``row``; behind the last expert: those that are left over."""
@@ -231,15 +231,19 @@ def _write_tiles(
     first_tile = tl.sum(tl.where(other < expert, tiles, 0), axis=0)
     if expert == num_experts:
         for start in range(first_tile, max_tiles, BLOCK_E):
-            tl.store(tile_expert + start + other, tl.full((BLOCK_E,), -1, tl.int32), mask=start + other < max_tiles)
+            mask = start + other < max_tiles
+            tl.store(tile_N3 + 3 * (start + other), tl.full((BLOCK_E,), -1, tl.int32), mask=mask)
     else:
         num_rows = tl.sum(tl.where(other == expert, count, 0), axis=0)
+        same = tl.zeros((BLOCK_E,), tl.int32)
         tl.store(row_end_E + expert, row + num_rows)
         num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
         for start in range(0, num_tiles, BLOCK_E):
             mask = start + other < num_tiles
-            tl.store(tile_expert + first_tile + start + other, tl.zeros((BLOCK_E,), tl.int32) + expert, mask=mask)
-            tl.store(tile_row + first_tile + start + other, row + (start + other) * TILE_ROWS, mask=mask)
+            tile_at = tile_N3 + 3 * (first_tile + start + other)
+            tl.store(tile_at, same + expert, mask=mask)
+            tl.store(tile_at + 1, row + (start + other) * TILE_ROWS, mask=mask)
+            tl.store(tile_at + 2, same + (row + num_rows), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

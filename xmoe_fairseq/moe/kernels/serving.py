@@ -117,7 +117,7 @@ def make_lists(
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    token_R, tile_expert, tile_row = ints(bounds.rows), ints(bounds.tiles), ints(bounds.tiles)
+    token_R, tile_N3 = ints(bounds.rows), ints(bounds.tiles, 3)
     slot_ET, row_TK = ints(num_experts, num_tokens), ints(num_tokens, most)
     row_end_E, count_T = ints(num_experts), ints(num_tokens)
     weight_R = torch.empty(bounds.rows, device=device)
@@ -127,7 +127,7 @@ def make_lists(
     launch(
         serve_kernels.place, (num_experts + 1, num_blocks),
         rank_GT, score_GT, weight, selected.count_E, selected.cut_E, selected.ties_E,
-        slot_ET, token_R, weight_R, row_end_E, tile_expert, tile_row,
+        slot_ET, token_R, weight_R, row_end_E, tile_N3,
         num_tokens, num_experts, bounds.tiles, *weight_steps,
         TILE_ROWS=bounds.tile_rows, BLOCK_T=block, BLOCK_E=power_of_two(num_experts, 2, 1 << 20), num_warps=warps,
         cost=lambda: Cost(3 * matrix + 12.0 * bounds.rows, reads + matrix + 12.0 * bounds.rows),
@@ -140,7 +140,7 @@ def make_lists(
         cost=lambda: Cost(matrix + 4.0 * (bounds.rows + num_tokens), matrix + 4.0 * (bounds.rows + num_tokens)),
     )  # fmt: skip
     lists = Lists(
-        token_R, row_end_E, tile_expert, tile_row, slot_ET, row_TK, count_T, selected.count_E, bounds.rows,
+        token_R, row_end_E, tile_N3, slot_ET, row_TK, count_T, selected.count_E, bounds.rows,
         bounds.tile_rows,
     )  # fmt: skip
     return lists, weight_R
