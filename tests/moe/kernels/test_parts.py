@@ -41,7 +41,7 @@ def assert_lists(lists: Lists, expert_A: Tensor, token_A: Tensor) -> None:
     wanted_tiles = []
     for expert, (count, end) in enumerate(zip(count_E.tolist(), count_E.cumsum(0).tolist(), strict=True)):
         wanted_tiles += [[expert, row, end] for row in range(end - count, end, height)]
-    assert [tile for tile in lists.tile_N3.tolist() if tile[0] >= 0] == wanted_tiles
+    assert [tile for tile in lists.tile_N3.tolist() if tile[1] < tile[2]] == wanted_tiles
     rows: list[list[int]] = [[] for _ in range(lists.num_tokens)]
     for row, token in enumerate(token_A.tolist()):
         rows[token].append(row)

@@ -35,7 +35,7 @@ def row_weight_backward(
     """
     tile = tl.program_id(0)
     expert, first, end, row, in_rows = tile_of(tile_N3, tile, BLOCK_M)
-    if expert < 0:
+    if first == end:
         return
     token = tl.load(token_R + row, mask=in_rows, other=0).to(tl.int64)
     weight = tl.load(weight_R + row, mask=in_rows, other=0.0)

@@ -26,8 +26,11 @@ def _product(left, right, total, DOT: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def tile_of(tile_N3, tile, BLOCK_M: tl.constexpr):
-    """A tile's expert (-1: no tile), its first row, the end of the expert's rows, the tile's rows and their mask."""
-    # three loads none of which waits for another, because a short product spends much of its time on its first loads
+    """A tile's expert, its first row, the end of the expert's rows, the tile's rows and their mask.
+
+    There is no tile if the end is the first row. Kernels return by these two alone: then the loads of the expert and of
+    the rows' tokens wait for the same loads, and the first tile of a short product arrives sooner.
+    """
     expert = tl.load(tile_N3 + 3 * tile)
     first = tl.load(tile_N3 + 3 * tile + 1)
     end = tl.load(tile_N3 + 3 * tile + 2)
@@ -72,7 +75,7 @@ def expert_up(
     num_n = tl.cdiv(num_hidden, BLOCK_N)
     tile = tl.program_id(0) // num_n
     expert, first, end, row, in_rows = tile_of(tile_N3, tile, BLOCK_M)
-    if expert < 0:
+    if first == end:
         return
     # rows behind the expert's last one are computed from token 0 and not stored
     token = tl.load(token_R + row, mask=in_rows, other=0)
@@ -143,7 +146,7 @@ def rows_times_experts(
     num_blocks = tl.cdiv(num_n, BLOCK_N)
     tile = tl.program_id(0) // num_blocks
     expert, first, end, row, in_rows = tile_of(tile_N3, tile, BLOCK_M)
-    if expert < 0:
+    if first == end:
         return
     column = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = column < num_n
@@ -182,7 +185,7 @@ def hidden_backward(
     tile = tl.program_id(0) // num_n
     block = tl.program_id(0) % num_n
     expert, first, end, row, in_rows = tile_of(tile_N3, tile, BLOCK_M)
-    if expert < 0:
+    if first == end:
         return
     # rows behind the expert's last one repeat its token with weight 0 and pre-activations 0, so they add 0 to every sum
     token = tl.load(token_R + tl.minimum(row, end - 1))

@@ -21,7 +21,8 @@ class Lists:
     Attributes:
         token_R: int32, token of each row; rows are sorted by expert, then by token.
         row_end_E: int32, the end of the expert's rows.
-        tile_N3: int32, for each tile of ``tile_rows`` rows its expert (-1: none), first row, end of the expert's rows.
+        tile_N3: int32; each tile of ``tile_rows`` rows has its expert, its first row and the end of the expert's rows,
+            and where there is no tile both are equal.
         slot_ET: int32, row of each pair, -1 where it is not served.
         row_TK: int32, the rows of each token, by expert. count_T: int32, their number.
         count_E: int64, rows of each expert.
@@ -165,7 +166,7 @@ def lists_of(plan: RoutingPlan, dtype: torch.dtype) -> Lists:
     return Lists(
         token_R=plan.token_index_A.int(),
         row_end_E=end_E.int(),
-        tile_N3=torch.stack([torch.where(is_tile, expert, -1), first_row, end_E[expert]], dim=1).int(),
+        tile_N3=torch.stack([expert, first_row, torch.where(is_tile, end_E[expert], first_row)], dim=1).int(),
         slot_ET=count_E.new_empty(0, dtype=torch.int32),
         row_TK=row_TK,
         count_T=count_T.int(),

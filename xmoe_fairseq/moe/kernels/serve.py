@@ -186,7 +186,7 @@ def place(
     The first block of an expert also writes its tiles of TILE_ROWS rows; one more expert marks the tiles left over.
     Rows are sorted by expert, then by token. Out:
         slot_ET: int32, the row of a pair, -1 if it is not served. token_R: int32. weight_R: float32.
-        row_end_E: int32, the end of the expert's rows. tile_N3: int32, expert (-1: no tile), first row, row_end_E.
+        row_end_E: int32, the end of the expert's rows. tile_N3: int32, see plan.Lists.
     """
     expert, block = tl.program_id(0), tl.program_id(1)
     other = tl.arange(0, BLOCK_E)
@@ -226,24 +226,18 @@ def _write_tiles(
     TILE_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one expert, whose rows begin at ``row``; behind the last expert: those that are left over."""
-    other = tl.arange(0, BLOCK_E)
+    other, same = tl.arange(0, BLOCK_E), tl.zeros((BLOCK_E,), tl.int32)
+    end = row + tl.sum(tl.where(other == expert, count, 0), axis=0)
+    tl.store(row_end_E + expert, end, mask=expert < num_experts)
     tiles = (count + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.sum(tl.where(other < expert, tiles, 0), axis=0)
-    if expert == num_experts:
-        for start in range(first_tile, max_tiles, BLOCK_E):
-            mask = start + other < max_tiles
-            tl.store(tile_N3 + 3 * (start + other), tl.full((BLOCK_E,), -1, tl.int32), mask=mask)
-    else:
-        num_rows = tl.sum(tl.where(other == expert, count, 0), axis=0)
-        same = tl.zeros((BLOCK_E,), tl.int32)
-        tl.store(row_end_E + expert, row + num_rows)
-        num_tiles = (num_rows + TILE_ROWS - 1) // TILE_ROWS
-        for start in range(0, num_tiles, BLOCK_E):
-            mask = start + other < num_tiles
-            tile_at = tile_N3 + 3 * (first_tile + start + other)
-            tl.store(tile_at, same + expert, mask=mask)
-            tl.store(tile_at + 1, row + (start + other) * TILE_ROWS, mask=mask)
-            tl.store(tile_at + 2, same + (row + num_rows), mask=mask)
+    num_tiles = tl.where(expert == num_experts, max_tiles - first_tile, (end - row + TILE_ROWS - 1) // TILE_ROWS)
+    for start in range(0, num_tiles, BLOCK_E):
+        mask = start + other < num_tiles
+        tile_at = tile_N3 + 3 * (first_tile + start + other)
+        tl.store(tile_at, same + expert, mask=mask)
+        tl.store(tile_at + 1, tl.minimum(row + (start + other) * TILE_ROWS, end), mask=mask)
+        tl.store(tile_at + 2, same + end, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
