@@ -16,6 +16,7 @@ def install() -> None:
         dummy_batches,
         early_stopping,
         kept_memory,
+        known_settings,
         numpy_names,
         signals,
         validation_scores,
@@ -29,6 +30,7 @@ def install() -> None:
         checkpoint_files,
         dummy_batches,
         early_stopping,
+        known_settings,
         signals,
         validation_scores,
     ):
