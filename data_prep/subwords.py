@@ -12,7 +12,7 @@ from data_prep.subword_coding import Coder, Cutter, transform
 from data_prep.subword_models import Settings, dictionary_name, learn, load_settings
 from data_prep.textio import DataError, language_code, language_pair, require_file
 from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, reports_errors
-from xmoe_fairseq.files import open_aside
+from xmoe_fairseq.files import keep_inputs, open_aside
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,6 +103,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def run_code(args: argparse.Namespace) -> int:
     """Run ``encode`` or ``decode``."""
+    if args.out is not None and args.input is not None:
+        keep_inputs(args.out, args.input)
     coder = Coder(args.subwords, args.language, threads=args.workers)
     code = coder.encode if args.command == "encode" else coder.decode
     cutter = Cutter(code, args.max_length) if args.max_length else None

@@ -27,6 +27,7 @@ from eval.text.loading import Loaded, load
 from xmoe_fairseq.checkpoints.files import load_checkpoint, save_checkpoint
 from xmoe_fairseq.checkpoints.settings import with_model_settings
 from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors
+from xmoe_fairseq.files import keep_inputs
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,6 +90,7 @@ def _figures(point: Point) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Choose a setting, write the copy and return the report. Raises: ValueError, OSError."""
+    keep_inputs(args.out, args.checkpoint)
     for path in (args.out, args.report):
         if path is not None:
             files.check_writable(path)

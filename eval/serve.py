@@ -60,7 +60,8 @@ def build_page(args: argparse.Namespace) -> Page:
             raise FileNotFoundError(f"{place} does not exist; say where it is with {flag}")
     source, target = args.source_lang, args.target_lang
     if not (source and target):
-        source, target = infer_language_pair(str(data))
+        found = infer_language_pair(str(data))
+        source, target = source or found[0], target or found[1]
         if not (source and target):
             raise ValueError(f"{data} does not tell the languages; give --source-lang and --target-lang")
     config = TranslatorConfig(

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from eval.text import files
 from eval.text.translator import Translation, Translator, TranslatorConfig
 from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
+from xmoe_fairseq.files import keep_inputs
 
 __all__ = ["Translation", "Translator", "TranslatorConfig", "translate_lines"]
 
@@ -180,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     config = _config(args)
     config.check()
+    keep_inputs(args.out, args.input)
     files.check_writable(args.out)
     lines = files.read_lines(args.input)
     translations = translate_lines(config, lines, processes=args.workers, progress=True)

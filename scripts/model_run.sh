@@ -171,9 +171,20 @@ open_folder() { # makes and locks $out
     lock "$out/.stages/lock"
 }
 
+# Stages delete and make anew the folders of their results, which must not be a user's own.
+refuse_foreign_folder() {
+    local name
+    [[ ! -d $out/.stages && -z $restart ]] || return 0
+    for name in subwords encoded data-bin test-bin translations calibrated; do
+        [[ ! -e $out/$name ]] ||
+            die "--out: $out is no folder of such a run and has a '$name', which a run would replace; give another --out" 2
+    done
+}
+
 begin() {
     local is_new=''
     [[ -e $out ]] || is_new=yes
+    refuse_foreign_folder
     trap report_failed_stage EXIT
     open_folder
     if [[ -n $restart && -z $is_new ]]; then

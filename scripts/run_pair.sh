@@ -80,6 +80,7 @@ check_arguments() {
     need_whole_number --max-len-b "$max_len_b" 0
     [[ -z $max_source_length ]] || need_whole_number --max-source-length "$max_source_length" 1
     [[ $max_len_a =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--max-len-a wants a number of at least 0 such as 1.5, got '$max_len_a'" 2
+    [[ $max_len_a$max_len_b =~ [1-9] ]] || die '--max-len-a and --max-len-b are both 0: no translation would be allowed a word' 2
     [[ $lenpen =~ ^-?[0-9]+(\.[0-9]+)?$ ]] || die "--lenpen wants a number such as 1.0, got '$lenpen'" 2
 }
 

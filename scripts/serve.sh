@@ -17,31 +17,13 @@ TEXT
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
+use_environment
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the paths in the arguments are those of the caller's folder
 case ${1-} in
 -h | --help)
     usage
-    use_environment
-    cd "$root"
-    python -m eval.serve --help
-    exit 0
+    exec python -m eval.serve --help
     ;;
 '') die '--checkpoint is missing; see --help' 2 ;;
 esac
-arguments=()
-while (($#)); do
-    case $1 in
-    # the paths are those of the caller's folder
-    --checkpoint | --data | --subwords | --user-dir)
-        need_value "$1" $#
-        arguments+=("$1" "$(absolute "$2")")
-        shift 2
-        ;;
-    *)
-        arguments+=("$1")
-        shift
-        ;;
-    esac
-done
-use_environment
-cd "$root"
-exec python -W ignore -m eval.serve "${arguments[@]}"
+exec python -W ignore -m eval.serve "$@"

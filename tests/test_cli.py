@@ -94,6 +94,9 @@ def test_a_command_runs_in_the_callers_folder_with_its_arguments_and_exit_code(t
     result = run("prepare", "validate", "--pair", "uk-en", "a")
     assert result.returncode == 1
     assert "a.uk" in result.stdout + result.stderr
+    if sys.version_info >= (3, 11):
+        (tmp_path / "data_prep.py").write_text("raise RuntimeError('the file in the folder')\n")
+        assert run("prepare", "validate", "--pair", "uk-en", "a").stderr == result.stderr
     result = run("demo", "--method", "nothing")  # a script
     assert result.returncode == 2
     assert "--method is one of" in result.stderr

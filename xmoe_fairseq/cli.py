@@ -156,6 +156,7 @@ def environment() -> dict[str, str]:
     found = dict(os.environ)
     paths = [str(CHECKOUT), *filter(None, [found.get("PYTHONPATH")])]
     found["PYTHONPATH"] = os.pathsep.join(paths)
+    found.setdefault("PYTHONSAFEPATH", "1")  # a file eval.py in the user's folder is no part of the project
     kinds = ("FutureWarning", "DeprecationWarning", "UserWarning", "RuntimeWarning:runpy")
     found.setdefault("PYTHONWARNINGS", ",".join(f"ignore::{kind}" for kind in kinds))
     if (Path(sys.prefix) / ".xmoe-runtime").is_file():  # written by scripts/setup.sh

@@ -48,6 +48,13 @@ def open_aside(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
             yield [opened.enter_context(partial.open("wb")) for partial in partials]
 
 
+def keep_inputs(out: str | Path, *inputs: str | Path) -> None:
+    """Raise ValueError if writing ``out`` would replace one of the ``inputs``; ``-`` is no file."""
+    for path in inputs:
+        if str(out) != "-" and Path(out).resolve() == Path(path).resolve():
+            raise ValueError(f"--out {out}: is an input; give another name, so that {path} stays as it is")
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex digest of a file, read in blocks."""
     digest = hashlib.sha256()

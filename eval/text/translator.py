@@ -5,6 +5,7 @@ A `Translator` loads its models once. The command line (eval.translate), the web
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +66,17 @@ class TranslatorConfig:
 
     def check(self) -> None:
         """Raise ValueError or FileNotFoundError for settings that are wrong, without loading anything."""
-        for name in ("beam", "batch_size", "max_tokens", "max_length", "max_len_b"):
+        for name in ("beam", "batch_size", "max_tokens", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1")
+        if not (0 <= self.max_len_a < math.inf and self.max_len_b >= 0 and self.max_len_a + self.max_len_b > 0):
+            raise ValueError(
+                f"max_len_a ({self.max_len_a}) and max_len_b ({self.max_len_b}) must not be negative, nor both 0: a "
+                "translation has at most a * source length + b tokens; fairseq's own are 0 and 200"
+            )
+        if not math.isfinite(self.lenpen):
+            raise ValueError(f"lenpen ({self.lenpen}) must be a number; 1 ranks by the mean of log probabilities")
         if not self.paths:
             raise ValueError("no checkpoint given")
         for path in self.paths:

@@ -3,12 +3,13 @@
 import os
 import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from xmoe_fairseq.checkpoints import files
+from xmoe_fairseq.checkpoints import average, files, import_dense, import_official, quantise
 from xmoe_fairseq.checkpoints.files import (
     CheckpointError,
     CorruptCheckpointError,
@@ -151,3 +152,15 @@ def test_writing_to_a_link_writes_what_it_points_to(path, moe_state, tmp_path):
     save_checkpoint({**moe_state, "extra_state": {"note": "new"}}, link)
     assert link.is_symlink()
     assert load_checkpoint(path)["extra_state"] == {"note": "new"}
+
+
+@pytest.mark.parametrize("command", [average, import_dense, import_official, quantise])
+def test_no_command_replaces_its_input(command, moe_state, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(moe_state, "model.pt")
+    before = Path("model.pt").read_bytes()
+    flag = "--checkpoints" if command is average else "--checkpoint"
+    more = ["--num-experts", "4"] if command is import_dense else []
+    assert command.main([flag, "model.pt", "--out", str(tmp_path / "model.pt"), *more]) == 1
+    assert "model.pt: is an input; give another name" in capsys.readouterr().err
+    assert Path("model.pt").read_bytes() == before

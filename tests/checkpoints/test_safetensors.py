@@ -65,3 +65,18 @@ def test_damage_is_told_apart(moe_state, tmp_path):
     config.unlink()
     with pytest.raises(CheckpointError, match=r"config.json is missing"):
         import_safetensors(tmp_path)
+
+
+def test_a_second_export_keeps_the_card_and_a_foreign_folder_stays(moe_state, tmp_path, capsys):
+    save_checkpoint(moe_state, tmp_path / "model.pt")
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    (ours / "README.md").write_text("filled in")
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "bert"}')
+    for _ in range(2):
+        assert export_command.main(["--checkpoint", str(tmp_path / "model.pt"), "--out", str(ours)]) == 0
+        assert "README.md is there already and stays as it is" in capsys.readouterr().err
+    assert (ours / "README.md").read_text() == "filled in"
+    assert export_command.main(["--checkpoint", str(tmp_path / "model.pt"), "--out", str(theirs)]) == 1
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]

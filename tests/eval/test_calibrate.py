@@ -102,6 +102,9 @@ def test_refusals(tiny_model, tmp_path, capsys):
     assert "has moe_router switch: only moe_router threshold" in fails(*switch)
     assert not copy.exists()
     assert not report.exists()
+    copy.symlink_to(tiny_model.checkpoint)
+    assert "is an input; give another name" in fails("--budget", "1")
+    copy.unlink()
     assert "nothing to do" in fails(*switch, "--skip-others", code=0)
     assert json.loads(report.read_text())["after"] is None
     assert not copy.exists()

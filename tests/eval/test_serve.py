@@ -117,3 +117,6 @@ def test_what_is_missing_is_named(tiny_model, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     assert serve.main(["--checkpoint", str(tiny_model.checkpoint), "--data", str(tmp_path / "x")]) == 1
     assert "--data" in capsys.readouterr().err
+    places = ["--data", str(tiny_model.data), "--subwords", str(tiny_model.subwords), "--source-lang", "xx"]
+    assert serve.main(["--checkpoint", str(tiny_model.checkpoint), *places]) == 1
+    assert "language 'xx'" in capsys.readouterr().err

@@ -157,6 +157,12 @@ def test_bad_settings_are_named(config, tmp_path, capsys):
     assert "no dict.xx.txt; it has en, uk" in message(source_lang="xx")
     assert "trained for uk-en, asked for en-uk" in message(source_lang="en", target_lang="uk")
     assert "beam (0) must be at least 1" in message(beam=0)
+    assert "max_len_a (0.0) and max_len_b (0) must not be negative, nor both 0" in message(max_len_b=0)
+    replace(config, max_len_a=1.5, max_len_b=0).check()
+    assert "lenpen (nan) must be a number" in failing(config, tmp_path, b"a\n", capsys, "--lenpen", "nan")
+    assert "out: is an input; give another name" in failing(
+        config, tmp_path, b"a\n", capsys, "--input", tmp_path / "out"
+    )
     assert "expected a dictionary" in failing(config, tmp_path, b"a\n", capsys, "--model-overrides", "[1")
 
 

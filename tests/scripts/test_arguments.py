@@ -46,6 +46,7 @@ def test_help_says_how_to_use_the_script(script):
         ({"pair": "en-en"}, "--pair wants two different languages, got 'en-en'"),
         ({"seed": "-1"}, "--seed wants a whole number of at least 0, got '-1'"),
         ({"beam": "0"}, "--beam wants a whole number of at least 1, got '0'"),
+        ({"max_len_b": "0"}, "--max-len-a and --max-len-b are both 0"),
         ({"lenpen": "long"}, "--lenpen wants a number such as 1.0, got 'long'"),
         ({"average": "5"}, "--average wants last:N or best:N such as last:5, got '5'"),
         ({"subwords": "wordpiece"}, "--subwords is sentencepiece or subword-nmt, got 'wordpiece'"),
@@ -61,6 +62,17 @@ def test_run_pair_refuses_bad_arguments(tmp_path, changed, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["run_pair.sh", "run_lm.sh"])
+def test_a_folder_of_the_users_own_is_left_as_it_is(tmp_path, script):
+    (tmp_path / "out" / "data-bin").mkdir(parents=True)
+    (tmp_path / "out" / "data-bin" / "mine").write_text("mine")
+    arguments = run_pair_arguments if script == "run_pair.sh" else run_lm_arguments
+    result = run_script(script, *arguments(tmp_path, device="cpu"))
+    assert result.returncode == 2
+    assert "is no folder of such a run and has a 'data-bin'" in result.stderr
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["data-bin", "mine"]
 
 
 def test_run_pair_names_the_missing_argument(tmp_path):

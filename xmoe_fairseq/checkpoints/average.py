@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
+from ..files import keep_inputs
 from .files import CheckpointError, State, load_checkpoint, num_updates, save_checkpoint, without_optimizer
 
 
@@ -188,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = [candidate.path for candidate in chosen]
     elif args.num is not None:
         raise CheckpointError("--num goes with --best-of or --last-of; --checkpoints takes all it is given")
+    keep_inputs(args.out, *paths)
     save_checkpoint(average_checkpoints(paths), args.out)
     print(f"{args.out}: the mean of {len(paths)} checkpoints")
 

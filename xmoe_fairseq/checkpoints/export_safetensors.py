@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..command_line import CommandParser, command_parser, reports_errors
 from .files import load_checkpoint
@@ -25,6 +26,9 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = _parser().parse_args(argv)
+    card = Path(args.out, "README.md")
+    if card.exists():
+        print(f"export-safetensors: {card} is there already and stays as it is", file=sys.stderr)
     print(export_safetensors(load_checkpoint(args.checkpoint), args.out))
 
 

@@ -25,6 +25,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
+from ..files import keep_inputs
 from ..models.moe_args import argument_type, moe_config, moe_places, moe_settings
 from ..moe import MoEConfig
 from ..moe.registry import ROUTERS, router_class
@@ -282,6 +283,7 @@ def _layer_flags() -> list[Setting]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = _parser().parse_args(argv)
+    keep_inputs(args.out, args.checkpoint)
     how = DenseImport(args.num_experts, args.mode, args.grouping, args.router_start, args.router_scale, args.seed)
     moe = {
         "moe_router": args.router or ("threshold" if args.mode == "split" else "switch"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
+from ..files import keep_inputs
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .official import ARCH as OFFICIAL_ARCH
 from .settings import converted, flat_settings
@@ -163,6 +164,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = _parser().parse_args(argv)
+    keep_inputs(args.out, args.checkpoint)
     new = import_official(load_checkpoint(args.checkpoint), as_official=args.as_official)
     save_checkpoint(new, args.out)
     settings = flat_settings(new)

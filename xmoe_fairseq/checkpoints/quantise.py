@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
+from ..files import keep_inputs
 from ..moe import MoEConfig, MoELayer
 from ..moe.quantised.experts import quantised_state
 from ..moe.quantised.weights import dequantise, quantise_channels
@@ -188,6 +189,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = _parser().parse_args(argv)
+    keep_inputs(args.out, args.checkpoint)
     before = load_checkpoint(args.checkpoint, mmap=True)
     after = quantise_checkpoint(before, args.to, args.what)
     save_checkpoint(after, args.out)

@@ -29,14 +29,19 @@ _GROUPS = ("model", "task", "criterion")  # files that fairseq-generate and a fr
 def export_safetensors(state: State, folder: str | Path) -> Path:
     """Write the three files; ``config.json`` comes last and carries the checksum of the tensors.
 
+    An export in ``folder`` is replaced, but not its README.md, which its owner may have filled in.
+
     Raises:
-        CheckpointError: no settings, or tensors that are not those the settings ask for.
+        CheckpointError: no settings, tensors that are not those the settings ask for, or a config.json in ``folder``
+            that is no export's.
         OSError: a file could not be written.
     """
     check_structure(state)
     folder = Path(folder)
     tensors, tied = _untied(state["model"])
-    tensor_file = folder / "model.safetensors"
+    tensor_file, config_file, card = (folder / name for name in ("model.safetensors", "config.json", "README.md"))
+    if config_file.exists():
+        _read_config(config_file)
 
     def write(partial: Path) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -44,8 +49,9 @@ def export_safetensors(state: State, folder: str | Path) -> Path:
 
     write_aside(tensor_file, write)
     config = _config(state, tied, sha256_of(tensor_file))
-    _write_text(folder / "README.md", model_card(config))
-    _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if not card.exists():
+        _write_text(card, model_card(config))
+    _write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
