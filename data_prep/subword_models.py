@@ -75,7 +75,10 @@ def load_settings(folder: Path) -> Settings:
     path = folder / SETTINGS
     if not path.is_file():
         raise DataError(f"{path}: no such file; learn subwords first: xmoe prepare subwords learn --out {folder}")
-    return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not settings of subwords, or damaged ({error}); learn the subwords again") from None
 
 
 def learn(inputs: Sequence[Path], folder: Path, settings: Settings) -> list[Path]:

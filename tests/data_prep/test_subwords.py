@@ -135,6 +135,10 @@ def test_missing_or_damaged_subwords(folder, tmp_path):
         subword_coding.Coder(tmp_path)
     with pytest.raises(DataError, match="--language de: these subwords want uk or en"):
         subword_coding.Coder(folder, "de")
+    for damaged in ("{", "[]", '{"source": "uk"}', '{"source": "uk", "target": "en", "more": 1}'):
+        (tmp_path / "subwords.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"subwords\.json: not settings of subwords, or damaged"):
+            subword_coding.Coder(tmp_path)
     (tmp_path / "subwords.json").write_text('{"source": "uk", "target": "en"}')
     (tmp_path / "joint.model").write_bytes(b"no model")
     with pytest.raises(DataError, match="no sentencepiece model, or a damaged one; learn it again"):

@@ -29,13 +29,14 @@ from ..files import keep_inputs
 from ..models.moe_args import argument_type, moe_config, moe_places, moe_settings
 from ..moe import MoEConfig
 from ..moe.registry import ROUTERS, router_class
-from ..moe.settings import Setting
+from ..moe.settings import Setting, positive
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .settings import converted, flat_settings
 from .structure import check_structure, describe_method
 
 GROUPINGS = ("contiguous", "random", "kmeans")
 ROUTER_STARTS = ("zero", "random", "centroids")
+ROUTER_SCALE = 0.02
 # These settings compute as the dense model does: every expert on every token, without drops.
 OWN_DEFAULTS = {"moe_threshold": 1.0, "moe_capacity_factor": None}
 
@@ -60,7 +61,7 @@ class DenseImport:
     mode: str = "split"
     grouping: str = "contiguous"
     router_start: str = "zero"
-    router_scale: float = 0.02
+    router_scale: float = ROUTER_SCALE
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -71,8 +72,18 @@ class DenseImport:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts ({self.num_experts}) must be at least 1")
+        if not positive(self.router_scale):
+            raise ValueError(f"router_scale ({self.router_scale}) must be > 0; 0.02 starts close to the dense model")
         if self.mode == "copy" and self.router_start == "centroids":
             raise ValueError("copies have equal centroids; choose router_start zero or random")
+        if self.mode == "copy" and self.grouping != "contiguous":
+            raise ValueError(f"grouping ({self.grouping}) has no effect with mode copy, whose experts have all units")
+        if self.router_start == "zero" and self.router_scale != ROUTER_SCALE:
+            raise ValueError(
+                f"router_scale ({self.router_scale}) has no effect with router_start zero; choose random or centroids"
+            )
 
 
 def import_dense(state: State, how: DenseImport, moe: dict[str, Any]) -> State:
@@ -252,8 +263,8 @@ def _parser() -> CommandParser:
         ("--router-start", ROUTER_STARTS, "zero: exactly the dense model"),
     ):
         parser.add_argument(flag, choices=choices, default=choices[0], help=f"{text} (default {choices[0]})")
-    entries = "root mean square of the router's entries (default 0.02)"
-    parser.add_argument("--router-scale", type=float, default=0.02, help=entries)
+    entries = f"root mean square of the router's entries, unless they are zero (default {ROUTER_SCALE})"
+    parser.add_argument("--router-scale", type=float, default=ROUTER_SCALE, help=entries)
     parser.flag("--seed", default=1, help="seed of random grouping, k-means and a random router")
     parser.add_argument("--router", choices=_routers(), help="default: threshold; copy: switch")
     for setting in _layer_flags():
