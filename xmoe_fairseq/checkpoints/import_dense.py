@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -34,6 +34,7 @@ from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .settings import converted, flat_settings
 from .structure import check_structure, describe_method
 
+MODES = ("split", "copy")
 GROUPINGS = ("contiguous", "random", "kmeans")
 ROUTER_STARTS = ("zero", "random", "centroids")
 ROUTER_SCALE = 0.02
@@ -65,11 +66,7 @@ class DenseImport:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("mode", ("split", "copy")),
-            ("grouping", GROUPINGS),
-            ("router_start", ROUTER_STARTS),
-        ):
+        for name, allowed in (("mode", MODES), ("grouping", GROUPINGS), ("router_start", ROUTER_STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
         if self.num_experts < 1:
@@ -81,9 +78,7 @@ class DenseImport:
         if self.mode == "copy" and self.grouping != "contiguous":
             raise ValueError(f"grouping ({self.grouping}) has no effect with mode copy, whose experts have all units")
         if self.router_start == "zero" and self.router_scale != ROUTER_SCALE:
-            raise ValueError(
-                f"router_scale ({self.router_scale}) has no effect with router_start zero; choose random or centroids"
-            )
+            raise ValueError(f"router_scale ({self.router_scale}) has no effect with router_start zero; choose another")
 
 
 def import_dense(state: State, how: DenseImport, moe: dict[str, Any]) -> State:
@@ -182,11 +177,7 @@ def output_scales(config: MoEConfig, how: DenseImport) -> tuple[float, float]:
 
 
 def _replace_ffn(
-    model: dict[str, Tensor],
-    layer: str,
-    how: DenseImport,
-    scales: tuple[float, float],
-    generator: torch.Generator,
+    model: dict[str, Tensor], layer: str, how: DenseImport, scales: tuple[float, float], generator: torch.Generator
 ) -> None:
     if f"{layer}.ffn_layernorm.weight" in model:
         raise CheckpointError(f"{layer} normalises its hidden units (--scale-fc), which experts cannot do")
@@ -211,12 +202,10 @@ def group_units(w1_FD: Tensor, num_experts: int, grouping: str, generator: torch
 
     ``w1_FD``: float, one row of input weights per hidden unit.
     """
-    groupings: dict[str, Callable[[], Tensor]] = {
-        "contiguous": lambda: torch.arange(w1_FD.size(0)),
-        "random": lambda: torch.randperm(w1_FD.size(0), generator=generator),
-        "kmeans": lambda: _balanced_kmeans(w1_FD, num_experts, generator),
-    }
-    return groupings[grouping]().view(num_experts, -1)
+    if grouping == "kmeans":
+        return _balanced_kmeans(w1_FD, num_experts, generator).view(num_experts, -1)
+    units, draws = w1_FD.size(0), grouping == "random"
+    return (torch.randperm(units, generator=generator) if draws else torch.arange(units)).view(num_experts, -1)
 
 
 def _balanced_kmeans(w1_FD: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:
@@ -258,7 +247,7 @@ def _parser() -> CommandParser:
     parser.flag("--out", old="--output", required=True)
     parser.flag("--num-experts", required=True, help="experts per MoE layer")
     for flag, choices, text in (
-        ("--mode", ("split", "copy"), "cut the FFN up, or copy it"),
+        ("--mode", MODES, "cut the FFN up, or copy it"),
         ("--grouping", GROUPINGS, "split: which units form an expert"),
         ("--router-start", ROUTER_STARTS, "zero: exactly the dense model"),
     ):
