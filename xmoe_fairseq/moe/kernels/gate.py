@@ -31,18 +31,13 @@ def _split_product(left, right, total, WIDEN: tl.constexpr):
         return tl.dot(left, high, total)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def gate_logits(
-    x, weight, padding, logits, num_tokens, width, num_gates,
-    HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+@triton.jit
+def gate_product(
+    x, weight, token, gate, is_read, width, num_gates,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """logits (T, G) float32 = x (T, D) @ weight (G, D)^T; rows of padding become 0."""
-    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    gate = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    is_read = token < num_tokens
-    if HAS_PADDING:
-        is_read = is_read & (tl.load(padding + token, mask=is_read, other=0) == 0)
+    """float32 (BLOCK_T, BLOCK_G): rows of x (T, D) times rows of weight (G, D); 0 for tokens not read."""
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_T, BLOCK_G), dtype=tl.float32)
     for start in range(0, width, BLOCK_D):
@@ -59,6 +54,29 @@ def gate_logits(
             total = _split_product(x_tile, weight_tile.to(tl.float32), total, WIDEN)
         else:
             total = tl.dot(x_tile.to(tl.float32), weight_tile.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def is_real_token(padding, token, is_token, HAS_PADDING: tl.constexpr):
+    """bool: tokens of the batch that are not padding."""
+    if HAS_PADDING:
+        return is_token & (tl.load(padding + token, mask=is_token, other=0) == 0)
+    else:
+        return is_token
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gate_logits(
+    x, weight, padding, logits, num_tokens, width, num_gates,
+    HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """logits (T, G) float32 = x (T, D) @ weight (G, D)^T; rows of padding become 0."""
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    gate = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    is_read = is_real_token(padding, token, token < num_tokens, HAS_PADDING)
+    total = gate_product(x, weight, token, gate, is_read, width, num_gates, PRECISION, WIDEN, BLOCK_T, BLOCK_G, BLOCK_D)
     where = token.to(tl.int64)[:, None] * num_gates + gate[None, :]
     tl.store(logits + where, total, mask=(token < num_tokens)[:, None] & (gate < num_gates)[None, :])
 
@@ -105,9 +123,7 @@ def gate_weight_gradient(
     total = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
     for start in range(first, first + chunk, BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        is_read = token < num_tokens
-        if HAS_PADDING:
-            is_read = is_read & (tl.load(padding + token, mask=is_read, other=0) == 0)
+        is_read = is_real_token(padding, token, token < num_tokens, HAS_PADDING)
         grad_tile = tl.load(
             grad_logits + token.to(tl.int64)[None, :] * num_gates + gate[:, None],
             mask=is_read[None, :] & (gate < num_gates)[:, None], other=0.0,

@@ -12,16 +12,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .gate import is_real_token
+
 LEAST_MASS = tl.constexpr(1e-30)  # as in routers/router.py
 
 
 @triton.jit
-def _is_real(padding, token, is_token, HAS_PADDING: tl.constexpr):
-    """bool: tokens of the batch that are not padding."""
-    if HAS_PADDING:
-        return is_token & (tl.load(padding + token, mask=is_token, other=0) == 0)
-    else:
-        return is_token
+def order_gates(
+    logit, gate, is_gate, is_token, is_real, threshold_units, most,
+    BY_THRESHOLD: tl.constexpr, GATE_BITS: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of a tile of tokens, and their gates in order.
+
+    Args:
+        logit: (BLOCK_T, BLOCK_G), -inf where there is no gate.
+    Returns:
+        prob, by gate, 0 beyond the batch; log_mass and entropy of each token, not masked; key, by gate.
+        sorted_key, sorted_prob, chosen: in the order of the keys; the chosen places come first.
+    """
+    # a row beyond the batch may be all -inf; a finite maximum keeps NaN out of it
+    row_max = tl.where(is_token, tl.max(logit, axis=1), 0.0)
+    unscaled = tl.exp(logit - row_max[:, None])
+    mass = tl.sum(unscaled, axis=1)
+    prob = tl.where(is_token[:, None], unscaled / mass[:, None], 0.0)
+    log_mass = row_max + tl.log(mass)
+    # a gate of probability 0 may have the logit -inf
+    entropy = log_mass - tl.sum(tl.where(prob > 0.0, prob * logit, 0.0), axis=1)
+    # a NaN is ordered as 0, so that each rank occurs once and no list overflows; its weight stays NaN and shows in the
+    # loss
+    bits = tl.where(prob == prob, prob, 0.0).to(tl.int32, bitcast=True)
+    key = ((2147483647 - bits).to(tl.int64) << GATE_BITS) | gate[None, :].to(tl.int64)
+    key = tl.where(is_gate[None, :], key, 9223372036854775807)
+    sorted_key = tl.sort(key, dim=1)
+    place = gate[None, :]  # in the order of the keys: 0 is the likeliest gate
+    sorted_bits = tl.where(is_gate[None, :], 2147483647 - (sorted_key >> GATE_BITS).to(tl.int32), 0)
+    sorted_prob = sorted_bits.to(tl.float32, bitcast=True)
+    chosen = (place < most) & is_real[:, None] & is_gate[None, :]
+    if BY_THRESHOLD:
+        units = (sorted_prob.to(tl.float64) * 9007199254740992.0).to(tl.int64)
+        ahead = tl.cumsum(units, axis=1) - units
+        chosen = chosen & ((ahead < threshold_units) | (place == 0))
+    return prob, log_mass, entropy, key, sorted_key, sorted_prob, chosen
 
 
 @triton.jit(do_not_specialize=["num_tokens", "threshold_units", "most"])
@@ -45,35 +76,20 @@ def route_forward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = _is_real(padding, token, is_token, HAS_PADDING)
+    is_real = is_real_token(padding, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     row = token.to(tl.int64)[:, None] * num_gates
-    logit = tl.load(logits + row + gate[None, :], mask=is_token[:, None] & is_gate[None, :], other=-float("inf"))
-    # a row beyond the batch is all -inf; a finite maximum keeps NaN out of it
-    row_max = tl.where(is_token, tl.max(logit, axis=1), 0.0)
-    unscaled = tl.exp(logit - row_max[:, None])
-    mass = tl.sum(unscaled, axis=1)
-    prob = tl.where(is_token[:, None], unscaled / mass[:, None], 0.0)
-    # a NaN is ordered as 0, so that each rank occurs once and no list overflows; its weight stays NaN and shows in the
-    # loss
-    bits = tl.where(prob == prob, prob, 0.0).to(tl.int32, bitcast=True)
-    key = ((2147483647 - bits).to(tl.int64) << GATE_BITS) | gate[None, :].to(tl.int64)
-    key = tl.sort(tl.where(is_gate[None, :], key, 9223372036854775807), dim=1)
-    place = gate[None, :]  # in the order of the keys: 0 is the likeliest gate
-    sorted_gate = (key & ((1 << GATE_BITS) - 1)).to(tl.int32)
-    sorted_bits = tl.where(is_gate[None, :], 2147483647 - (key >> GATE_BITS).to(tl.int32), 0)
-    sorted_prob = sorted_bits.to(tl.float32, bitcast=True)
-    chosen = (place < most) & is_real[:, None] & is_gate[None, :]
-    if BY_THRESHOLD:
-        units = (sorted_prob.to(tl.float64) * 9007199254740992.0).to(tl.int64)
-        ahead = tl.cumsum(units, axis=1) - units
-        chosen = chosen & ((ahead < threshold_units) | (place == 0))
+    mask = is_token[:, None] & is_gate[None, :]
+    logit = tl.load(logits + row + gate[None, :], mask=mask, other=-float("inf"))
+    prob, log_mass, entropy, _, sorted_key, sorted_prob, chosen = order_gates(
+        logit, gate, is_gate, is_token, is_real, threshold_units, most, BY_THRESHOLD, GATE_BITS
+    )
+    sorted_gate = (sorted_key & ((1 << GATE_BITS) - 1)).to(tl.int32)
     is_true = sorted_gate < num_experts
-    rank = place + tl.zeros_like(sorted_gate)
+    rank = gate[None, :] + tl.zeros_like(sorted_gate)
     if HAS_NULLS:
         true_int = is_true.to(tl.int32)
         rank = tl.where(is_true, tl.cumsum(true_int, axis=1) - true_int, rank)
-    mask = is_token[:, None] & is_gate[None, :]
     sorted_at = sorted_gate.to(tl.int64) * num_tokens + token[:, None]
     tl.store(rank_GT + sorted_at, tl.where(chosen, rank, -1), mask=mask)
     where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]
@@ -82,10 +98,7 @@ def route_forward(
         chosen_mass = tl.sum(tl.where(chosen & is_true, sorted_prob, 0.0), axis=1)
         divisor = tl.where(chosen_mass > LEAST_MASS, chosen_mass, 1.0)
         tl.store(weight_ET + where, prob / divisor[:, None], mask=mask & (gate < num_experts)[None, :])
-    log_mass = row_max + tl.log(mass)
-    # a gate of probability 0 may have the logit -inf
-    inner = tl.sum(tl.where(prob > 0.0, prob * logit, 0.0), axis=1)
-    tl.store(entropy_T + token, tl.where(is_real, log_mass - inner, 0.0), mask=is_token)
+    tl.store(entropy_T + token, tl.where(is_real, entropy, 0.0), mask=is_token)
     tl.store(log_mass_T + token, tl.where(is_real, log_mass, 0.0), mask=is_token)
 
 
@@ -100,7 +113,7 @@ def route_backward(
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     gate = tl.arange(0, BLOCK_G)
     is_token = token < num_tokens
-    is_real = _is_real(padding, token, is_token, HAS_PADDING)
+    is_real = is_real_token(padding, token, is_token, HAS_PADDING)
     is_gate = gate < num_gates
     is_true = gate < num_experts
     where = gate.to(tl.int64)[None, :] * num_tokens + token[:, None]
