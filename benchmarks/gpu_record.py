@@ -57,7 +57,7 @@ def named_settings() -> dict[str, Setting]:
     chosen["tf32"] = Setting(base, dtype=torch.float32, tf32=True)
     chosen["autocast"] = Setting(base, autocast=True)
     for name, config in translation.items():
-        for tokens in (640, 320, 5):
+        for tokens in (640, 320, 30, 5):
             chosen[f"decode {tokens} {name}"] = Setting(config, tokens=tokens, mode="decode")
     return chosen
 

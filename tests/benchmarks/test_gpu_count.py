@@ -94,7 +94,7 @@ def test_a_training_step_keeps_its_numbers(case: str, counted: dict[str, Any]) -
 @pytest.mark.parametrize("tokens", [320, 5])
 def test_a_decoding_step_keeps_its_numbers(tokens: int, counted: dict[str, Any]) -> None:
     (ours,) = [row for row in counted["rows"] if (row["way"], row["tokens"]) == ("triton", tokens)]
-    assert ours["launches"] <= 8
+    assert ours["launches"] <= (8 if tokens > 32 else 4)
     assert ours["waits"] == 0
 
 

@@ -112,6 +112,12 @@ def test_the_self_check_sees_wrong_numbers_and_errors() -> None:
     told = check.self_check(HERE, torch.float32, kernels.make_plan, wrong) or ""
     assert "output of a small training step differ by" in told
 
+    def mixed_up(router: Any, x_TD: Any, *others: Any) -> Any:
+        return kernels.make_plan(router, x_TD if torch.is_grad_enabled() else x_TD.flip(0), *others)
+
+    told = check.self_check(HERE, torch.float32, mixed_up, kernels.expert_sum) or ""
+    assert "index_A of 20 tokens differ" in told
+
     def broken(*inputs: Any) -> torch.Tensor:
         raise OSError("no compiler\nand more lines")
 

@@ -15,38 +15,20 @@ import triton
 import triton.language as tl
 
 from tests.moe.helpers import assert_near
-from tests.moe.kernels.ways import DEVICE, NEAR, assert_same_decisions
+from tests.moe.kernels.ways import DEVICE, NEAR, assert_lists, assert_same_decisions
 from xmoe_fairseq.moe import MoEConfig, RoutingPlan
 from xmoe_fairseq.moe.activations import ACTIVATIONS
 from xmoe_fairseq.moe.capacity import make_plan
 from xmoe_fairseq.moe.kernels import experts as kernel_experts
 from xmoe_fairseq.moe.kernels import routing
 from xmoe_fairseq.moe.kernels.activation import activate, activate_with_slope
-from xmoe_fairseq.moe.kernels.plan import DevicePlan, Lists, lists_of
+from xmoe_fairseq.moe.kernels.plan import DevicePlan, lists_of
 from xmoe_fairseq.moe.ordering import sort_descending
 from xmoe_fairseq.moe.plan import Choices
 from xmoe_fairseq.moe.routers.router import KernelRule
 from xmoe_fairseq.moe.routers.threshold import count_to_reach
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-def assert_lists(lists: Lists, expert_A: Tensor, token_A: Tensor) -> None:
-    """Every way in which the lists name the kept pairs names all of them, once, in the stated order."""
-    num_rows, height = expert_A.numel(), lists.tile_rows
-    assert lists.token_R[:num_rows].tolist() == token_A.tolist()
-    count_E = torch.bincount(expert_A, minlength=lists.num_experts)
-    assert lists.count_E.tolist() == count_E.tolist()
-    assert lists.row_end_E.tolist() == count_E.cumsum(0).tolist()
-    wanted_tiles = []
-    for expert, (count, end) in enumerate(zip(count_E.tolist(), count_E.cumsum(0).tolist(), strict=True)):
-        wanted_tiles += [[expert, row, end] for row in range(end - count, end, height)]
-    assert [tile for tile in lists.tile_N3.tolist() if tile[1] < tile[2]] == wanted_tiles
-    rows: list[list[int]] = [[] for _ in range(lists.num_tokens)]
-    for row, token in enumerate(token_A.tolist()):
-        rows[token].append(row)
-    found = zip(lists.row_TK.tolist(), lists.count_T.tolist(), strict=True)
-    assert [row_K[:count] for row_K, count in found] == rows
 
 
 def route(logits_TG: Tensor, rule: KernelRule) -> DevicePlan:

@@ -82,3 +82,21 @@ def assert_ways_agree(layer: MoELayer, *inputs: Any, relative: float | None = No
     assert type(got.plan).__name__ == "DevicePlan"  # the kernels did run
     assert_same_step(got, run(by_torch(layer), *inputs), relative or NEAR[inputs[0].dtype])
     return got
+
+
+def assert_lists(lists: Any, expert_A: Tensor, token_A: Tensor) -> None:
+    """Every way in which the lists name the kept pairs names all of them, once, in the stated order."""
+    num_rows, height = expert_A.numel(), lists.tile_rows
+    assert lists.token_R[:num_rows].tolist() == token_A.tolist()
+    count_E = torch.bincount(expert_A, minlength=lists.num_experts)
+    assert lists.count_E.tolist() == count_E.tolist()
+    assert lists.row_end_E.tolist() == count_E.cumsum(0).tolist()
+    wanted_tiles = []
+    for expert, (count, end) in enumerate(zip(count_E.tolist(), count_E.cumsum(0).tolist(), strict=True)):
+        wanted_tiles += [[expert, row, end] for row in range(end - count, end, height)]
+    assert [tile for tile in lists.tile_N3.tolist() if tile[1] < tile[2]] == wanted_tiles
+    rows: list[list[int]] = [[] for _ in range(lists.num_tokens)]
+    for row, token in enumerate(token_A.tolist()):
+        rows[token].append(row)
+    found = zip(lists.row_TK.tolist(), lists.count_T.tolist(), strict=True)
+    assert [row_K[:count] for row_K, count in found] == rows

@@ -6,6 +6,7 @@ environment, set before Triton is imported, ``moe_compute triton`` runs on CPU t
 
     gate.py       logits in float32, and the two gradients of the gate
     route.py      probabilities, ranks, choice; its gradient
+    few.py        all of this in one launch, for a few tokens without capacity and gradient
     serve.py      pairs that are kept under capacity; rows by expert and by token
     grouped.py    products of ragged rows with their experts' matrices
     combine.py    sums of a token's rows; gradients of the rows' weights and of biases

@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from ..config import MoEConfig
 from ..plan import Choices
 from ..routers.router import KernelRule
+from . import few as few_kernels
 from . import route as route_kernels
 from . import serve as serve_kernels
-from .gating import flags, gate_input_gradient, gate_logits, gate_weight_gradient
+from .gating import flags, gate_input_gradient, gate_logits, gate_precision, gate_weight_gradient
 from .launch import Cost, launch
-from .plan import DevicePlan, DeviceTerms
-from .serving import Bounds, by_expert, capacity_bounds, make_lists, select_served
-from .tiles import power_of_two, route_blocks, token_block
+from .plan import DevicePlan, DeviceTerms, Lists
+from .serving import Bounds, Selected, by_expert, capacity_bounds, make_lists, select_served
+from .tiles import few_blocks, power_of_two, route_blocks, token_block, widens
 
 UNITS = 2**53  # probabilities are summed in units of its inverse
 
@@ -47,7 +48,12 @@ def route(
     """
     bounds = capacity_bounds(config, x_TD.size(0), rule.most, training, dtype or x_TD.dtype)
     kept: list[Any] = []
-    x_TD, weight_R, prob_sum_G, square = _Route.apply(x_TD, gate_GD, padding_T, rule, config, bounds, kept)
+    blocks = few_blocks(x_TD.size(0), rule.num_gates)
+    if blocks is not None and bounds.numerator == 0 and not training and not torch.is_grad_enabled():
+        weight_R = _route_few(x_TD.contiguous(), gate_GD, padding_T, rule, config, bounds, blocks, kept)
+        prob_sum_G, square = kept[1].prob_sum_G, kept[1].totals[2]
+    else:
+        x_TD, weight_R, prob_sum_G, square = _Route.apply(x_TD, gate_GD, padding_T, rule, config, bounds, kept)
     lists, selected, num_real = kept
     z_loss = config.z_loss_weight * square if config.z_loss_weight > 0 else None
     return x_TD, DevicePlan(
@@ -87,6 +93,57 @@ def plan_choices(
 
 def _capacity_of(config: MoEConfig, training: bool) -> Any:
     return None if config.capacity_fraction(training) is None else lambda tokens: config.capacity(tokens, training)
+
+
+def _route_few(
+    x_TD: Tensor,
+    gate_GD: Tensor,
+    padding_T: Tensor | None,
+    rule: KernelRule,
+    config: MoEConfig,
+    bounds: Bounds,
+    blocks: tuple[int, int, int],
+    kept: list[Any],
+) -> Tensor:
+    """As ``_Route`` without gradient, in one launch, for tokens and gates that fit into one program."""
+    # one function: buffers and a launch
+    (num_tokens, width), num_gates, num_experts = x_TD.shape, rule.num_gates, config.num_experts
+    device, most = x_TD.device, min(rule.most, num_experts)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    # tensors whose size depends on T are not parts of one buffer: a kernel is compiled anew for other alignments
+    token_R, tile_N3, row_TK, count_T = (
+        ints(bounds.rows),
+        ints(bounds.tiles, 3),
+        ints(num_tokens, most),
+        ints(num_tokens),
+    )
+    row_end_E, weight_R = ints(num_experts), torch.empty(bounds.rows, device=device)
+    counts = torch.empty(2 * num_experts + 1, dtype=torch.int64, device=device)
+    count_E, wanted_E, num_real = counts.split([num_experts, num_experts, 1])
+    load_G, coefficient_G, prob_sum_G, totals = (torch.empty(size, device=device) for size in (*3 * [num_gates], 3))
+    block_t, block_g, warps = blocks
+    moved = float(x_TD.nbytes + gate_GD.nbytes + 8 * bounds.rows)
+    launch(
+        few_kernels.route_few, (1,),
+        x_TD, gate_GD.contiguous(), flags(padding_T, x_TD),
+        token_R, weight_R, row_end_E, tile_N3, row_TK, count_T, count_E, wanted_E,
+        load_G, coefficient_G, prob_sum_G, totals, num_real,
+        num_tokens, width, num_gates, num_experts, _threshold_units(rule.threshold), rule.most, most, bounds.tiles,
+        BY_THRESHOLD=rule.threshold is not None, NORMALIZE=rule.normalize, LOAD_OF_ALL=rule.load_of_all,
+        HAS_PADDING=padding_T is not None, GATE_BITS=max(1, (num_gates - 1).bit_length()),
+        PRECISION=gate_precision(x_TD.dtype), WIDEN=widens(x_TD.dtype), TILE_ROWS=bounds.tile_rows,
+        BLOCK_T=block_t, BLOCK_G=block_g, BLOCK_D=power_of_two(width, 16, 32), num_warps=warps, num_stages=3,
+        cost=lambda: Cost(moved, moved, 2.0 * num_tokens * num_gates * width),
+    )  # fmt: skip
+    lists = Lists(
+        token_R, row_end_E, tile_N3, ints(0), row_TK, count_T, count_E, bounds.rows, bounds.tile_rows,
+    )  # fmt: skip
+    none_E = count_E.new_empty(0)
+    kept += [lists, Selected(count_E, wanted_E, none_E, none_E, load_G, coefficient_G, prob_sum_G, totals), num_real[0]]
+    return weight_R
 
 
 class _Route(torch.autograd.Function):

@@ -11,6 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 MAX_SELECT_BLOCK = 16384
 LEAST_PLACE_BLOCK = 1024
+MAX_FEW_TOKENS, MAX_FEW = 32, 4096  # more would not fit into the registers of one program
 
 
 def power_of_two(number: int, least: int, most: int) -> int:
@@ -94,6 +95,15 @@ def route_blocks(num_gates: int) -> tuple[int, int]:
     """Tokens and gates of a routing program: about 1024 keys to sort."""
     gates = power_of_two(num_gates, 2, 1 << 20)
     return power_of_two(1024 // gates, 1, 64), gates
+
+
+@cache
+def few_blocks(num_tokens: int, num_gates: int) -> tuple[int, int, int] | None:
+    """Tokens, gates, warps of the one program that routes few tokens; None if there are more than it can hold."""
+    tokens, gates = power_of_two(num_tokens, 16, 1 << 30), power_of_two(num_gates, 16, 1 << 30)
+    if tokens > MAX_FEW_TOKENS or tokens * gates > MAX_FEW:
+        return None
+    return tokens, gates, power_of_two(tokens * gates // 128, 4, 16)
 
 
 @cache
