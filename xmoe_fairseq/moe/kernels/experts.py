@@ -250,8 +250,9 @@ def _weight_gradient(left: Tensor, right: Tensor, like: Tensor, lists: Lists, *,
 
 def _product_cost(lists: Lists, tile: Tile, num_n: int, num_k: int, rows: Tensor, *, stored: int) -> Cost:
     """Rows (R, K) times matrices (E, K, N); ``stored``: row buffers (R, N) that the epilogue reads or writes."""
-    count, size, experts = reckoned_rows(lists.max_rows), rows.element_size(), lists.num_experts
-    # for an even load; an uneven one has up to one tile more for each expert
+    count, size = reckoned_rows(lists.max_rows), rows.element_size()
+    # for an even load; an uneven one has up to one tile more for each expert, and few rows need fewer experts
+    experts = max(1, min(lists.num_experts, count))
     rows_each = (count + experts - 1) // experts
     tiles = experts * ((rows_each + tile.m - 1) // tile.m)
     matrices, stores = experts * num_k * num_n * size, stored * count * num_n * size
