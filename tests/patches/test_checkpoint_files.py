@@ -34,6 +34,20 @@ def folder(tiny, tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("from_yaml", [False, True])
+def test_overrides_set_what_the_checkpoint_does_not_hold_and_refuse_what_nothing_reads(tiny, tmp_path, from_yaml):
+    checkpoint_files.install()
+    state = tiny.state("xmoe_transformer_tiny", moe_num_experts=4, moe_expert_dim=6)
+    del state["cfg"]["model"].moe_max_experts  # of a release without this setting
+    if from_yaml:
+        state["cfg"]["model"] = {**vars(state["cfg"]["model"])}
+    save_checkpoint(state, tmp_path / "old.pt")
+    limited = tiny.load(tmp_path / "old.pt", {"moe_max_experts": 1})
+    assert limited.encoder.layers[1].moe.config.max_experts == 1
+    with pytest.raises(ValueError, match="unknown settings moe_max_expert;"):
+        tiny.load(tmp_path / "old.pt", {"moe_max_expert": 1})
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1000])
 

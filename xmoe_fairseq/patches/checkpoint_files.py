@@ -3,6 +3,8 @@
 Four functions of fairseq are wrapped at run time:
 
 - Reading checks the checksums, and a refused or damaged file gets a clear message.
+- Reading with --model-overrides also sets ``moe_*`` settings that the checkpoint does not hold. fairseq drops these
+  without a message where the model was trained from a YAML.
 - Resuming continues from the last good checkpoint of the folder if ``checkpoint_last.pt`` is damaged.
 - Copying (``checkpoint1.pt`` to ``checkpoint_last.pt``) writes beside the target and then moves. fairseq copies in
   place, and a process that is killed meanwhile leaves half a file.
@@ -24,7 +26,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..checkpoints.fallback import latest_good
 from ..checkpoints.files import CheckpointError, refusal, verify_file
@@ -39,6 +41,7 @@ _resuming = False
 def install() -> None:
     """Wrap the four functions."""
     wrap(checkpoint_utils, "load_checkpoint_to_cpu", "checked-reading", _read_checked)
+    wrap(checkpoint_utils, "load_checkpoint_to_cpu", "new-overrides", _override_all)
     wrap(checkpoint_utils, "load_checkpoint", "last-good-checkpoint", _resume)
     wrap(distributed_utils, "_broadcast_object_slow", "plain-broadcast", _broadcast_plain)
     wrap(PathManager, "copy", "whole-copies", _copy_aside)
@@ -76,6 +79,17 @@ def _read(original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) ->
         raise refusal(Path(path), error) from None
     if _resuming:
         refuse_training_of_quantised(state, path)
+    return state
+
+
+def _override_all(
+    original: Callable[..., Any], path: str, arg_overrides: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    state = original(path, arg_overrides, *args, **kwargs)
+    model = (state.get("cfg") or {}).get("model")
+    if isinstance(model, DictConfig) and "moe_num_experts" in model:
+        with open_dict(model):
+            model.update({name: value for name, value in (arg_overrides or {}).items() if name.startswith("moe_")})
     return state
 
 
