@@ -192,7 +192,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     written = "writes PREFIX.SRC, PREFIX.TGT and PREFIX.report.json"
     flag("--out", old="--output", required=True, metavar="PREFIX", help=written)
     _add_rule_settings(add)
-    flag("--workers", type=at_least(1), default=NUM_CORES, help="processes (default: all cores)")
+    flag("--workers", default=NUM_CORES, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     check_together(parser, args)
     return args

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("prepare gpt2", __doc__)
     parser.add_argument("--files", required=True, metavar="DIR", help="folder of encoder.json and vocab.bpe")
     parser.flag("--input", required=True, help="UTF-8 text; the ids go to standard output")
-    parser.flag("--workers", type=int, default=1, help="processes")
+    parser.flag("--workers", default=1, help="processes")
     args = parser.parse_args(argv)
     for path in (Path(args.files, "encoder.json"), Path(args.files, "vocab.bpe"), Path(args.input)):
         if not path.is_file():

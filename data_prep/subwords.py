@@ -23,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(command, help=f"{what}, line by line")
         _add_model(sub)
         sub.flag("--input", type=Path, help="default: standard input")
-        sub.flag("--workers", old="--threads", type=at_least(1), default=1, help="threads")
+        sub.flag("--workers", old="--threads", default=1, help="threads")
         sub.set_defaults(max_length=None, report=None)
         if command == "encode":
             cut_help = "keep the first N subwords of a line, for lines that no model takes"
@@ -55,7 +55,7 @@ def _add_learn(parser: CommandParser) -> None:
         default="sentencepiece",
         help="default sentencepiece",
     )
-    flag("--vocab-size", type=at_least(1), default=32_000, help="of each model")
+    flag("--vocab-size", default=32_000, help="of each model")
     add("--separate", action="store_true", help="a model for each language instead of a joint one")
     add(
         "--max-lines",

@@ -41,7 +41,7 @@ def _parser() -> CommandParser:
     flag("--target-lang", old="--target-language", default="en", help="chooses BLEU's tokenizer")
     add("--trials", type=int, default=0, metavar="N", help="default: 1000 (bootstrap), 10000 (randomisation)")
     flag("--seed", help="positive (default: SACREBLEU_SEED, else 12345)")
-    flag("--workers", old="--processes", type=int, default=1, help="systems tested at the same time")
+    flag("--workers", old="--processes", default=1, help="systems tested at the same time")
     flag("--out", old="--json", help="a JSON of all figures, unrounded")
     return parser
 

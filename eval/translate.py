@@ -149,7 +149,7 @@ def _parser() -> CommandParser:
     choices = ["split", "error"]
     add("--too-long", choices=choices, default="split", help="what to do with longer lines (default split)")
     flag("--model-overrides", default="{}")
-    flag("--workers", old="--processes", type=int, default=1, help="each loads the model and takes its share")
+    flag("--workers", old="--processes", default=1, help="each loads the model and takes its share")
     parser.device_flag()
     return parser
 

@@ -45,10 +45,26 @@ _HELP = {
     "--training-log": ("FILE", "what fairseq-train said with log_format json"),
     "--json": (None, "JSON on standard output instead of text"),
 }
-_TYPES: dict[str, Any] = dict.fromkeys(
-    ("--beam", "--batch-size", "--max-tokens", "--seed", "--vocab-size", "--num-experts"), int
-)
 _Main = TypeVar("_Main", bound=Callable[..., Any])
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer not below ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {value}")
+        return value
+
+    return parse
+
+
+_COUNTS = ("--beam", "--batch-size", "--max-tokens", "--workers", "--vocab-size", "--num-experts")
+_TYPES: dict[str, Any] = {"--seed": int, **dict.fromkeys(_COUNTS, at_least(1))}
 
 
 class _OldName(NamedTuple):
@@ -201,21 +217,6 @@ def command_parser(name: str, text: str | None, **options: Any) -> CommandParser
     first, _, rest = (text or "").partition("\n")
     settings: dict[str, Any] = {"prog": f"xmoe {name}", "formatter_class": argparse.RawDescriptionHelpFormatter}
     return CommandParser(description=textwrap.fill(first, 118), epilog=rest.strip("\n"), **settings | options)
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer not below ``minimum``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {value}")
-        return value
-
-    return parse
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

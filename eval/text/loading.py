@@ -66,6 +66,7 @@ def load(
     for what, place in (*(("checkpoint", name) for name in names), ("data", data)):
         if not Path(place).exists():
             raise FileNotFoundError(f"{what}: no such file or folder: {place}")
+    chosen = _device(device)
     if user_dir is not None:
         utils.import_user_module(Namespace(user_dir=user_dir))
     task = None if languages is None else _translation(data, languages)
@@ -85,11 +86,18 @@ def load(
     except (RuntimeError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"{shown}: {_explain(data, error)}") from None
     _check_languages(shown, cfg, languages)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_device = tuple(model.eval().to(chosen) for model in models)
     for name, model in zip(names, on_device, strict=True):
         _check_finite(name, model)
     return Loaded(names, on_device, task, cfg, history[-1].get("num_updates"), chosen)
+
+
+def _device(name: str | None) -> torch.device:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    chosen = torch.device(name or ("cuda" if found else "cpu"))
+    if chosen.type == "cuda" and (chosen.index or 0) >= found:
+        raise ValueError(f"--device {name}: torch sees {found} GPUs; take cpu, or auto")
+    return chosen
 
 
 def _translation(data: str, languages: tuple[str, str]) -> TranslationTask:

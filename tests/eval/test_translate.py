@@ -156,7 +156,10 @@ def test_bad_settings_are_named(config, tmp_path, capsys):
     assert "no such file: nowhere.pt" in message(paths=["nowhere.pt"])
     assert "no dict.xx.txt; it has en, uk" in message(source_lang="xx")
     assert "trained for uk-en, asked for en-uk" in message(source_lang="en", target_lang="uk")
-    assert "beam (0) must be at least 1" in message(beam=0)
+    with pytest.raises(SystemExit, match="2"):
+        message(beam=0)
+    assert "argument --beam: must be 1 or more, got 0" in capsys.readouterr().err
+    assert "--device cuda:64: torch sees" in failing(config, tmp_path, b"a\n", capsys, "--device", "cuda:64")
     assert "max_len_a (0.0) and max_len_b (0) must not be negative, nor both 0" in message(max_len_b=0)
     replace(config, max_len_a=1.5, max_len_b=0).check()
     assert "lenpen (nan) must be a number" in failing(config, tmp_path, b"a\n", capsys, "--lenpen", "nan")
