@@ -28,7 +28,7 @@ from eval.run.history import read_history
 from eval.text import files
 from eval.text.loading import Loaded, load
 from eval.text.subwords import load_subwords
-from xmoe_fairseq.command_line import CommandParser, command_parser, parse_overrides, reports_errors
+from xmoe_fairseq.command_line import CommandParser, at_least, command_parser, parse_overrides, reports_errors
 
 SCHEMA = 1
 DEFAULT_CAPACITIES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -85,8 +85,11 @@ def _search(args: argparse.Namespace, loaded: Loaded, corpus: corpora.Corpus) ->
     if not args.references:
         return search, search.references(corpus, sorted(chosen))
     lines = files.read_lines(args.references)
-    if max(chosen, default=0) >= len(lines):
-        raise ValueError(f"{args.references} has {len(lines)} lines, the test set more; line n must be sentence n")
+    if len(lines) != len(corpus.dataset):
+        raise ValueError(
+            f"{args.references} has {len(lines)} lines, the test set {len(corpus.dataset)} sentences; line n must be "
+            "sentence n"
+        )
     return search, {index: lines[index] for index in chosen}
 
 
@@ -187,13 +190,14 @@ def _parser() -> CommandParser:
 
 
 def _add_sizes(parser: CommandParser) -> None:
-    def add(flag: str, default: int, help_text: str) -> None:
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{help_text} (default {default})")
+    def add(flag: str, least: int, default: int, text: str) -> None:
+        help_text = f"{text} (default {default})"
+        parser.add_argument(flag, type=at_least(least), default=default, metavar="N", help=help_text)
 
     parser.flag("--max-tokens", default=4096)
-    add("--sweep-sentences", 1000, "sentences of each point of a sweep")
-    add("--translate", 100, "sentences translated at each point of a sweep; 0: none")
-    add("--explore", 40, "translated sentences in the explorer; 0: none")
+    add("--sweep-sentences", 1, 1000, "sentences of each point of a sweep")
+    add("--translate", 0, 100, "sentences translated at each point of a sweep; 0: none")
+    add("--explore", 0, 40, "translated sentences in the explorer; 0: none")
     parser.flag("--beam", default=5, help="beam of these translations")
     parser.numbers_flag("--eval-capacity-factors", old="--capacity-factors", default=list(DEFAULT_CAPACITIES))
     parser.numbers_flag("--thresholds", default=list(DEFAULT_THRESHOLDS))
@@ -202,15 +206,6 @@ def _add_sizes(parser: CommandParser) -> None:
 def _check(args: argparse.Namespace) -> None:
     if args.source and not (args.references and args.subwords):
         raise ValueError("--source needs --references and --subwords: teacher forcing feeds the model both sides")
-    for name, least in (
-        ("max_tokens", 1),
-        ("sweep_sentences", 1),
-        ("translate", 0),
-        ("explore", 0),
-        ("beam", 1),
-    ):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be at least {least}")
     files.check_writable(args.out)
 
 

@@ -3,7 +3,7 @@
 xmoe oracle --folder DIR [--references DIR]
 
 DIR holds published.tsv (columns pair, system, bleu_published, chrf_published) and the outputs PAIR.SYSTEM.TGT. The
-references are wmt22.PAIR.TGT in --references (default: DIR/../../tests). Without DIR the check is skipped.
+references are wmt22.PAIR.TGT in --references (default: DIR/../../tests).
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.flag("--references", type=Path, metavar="DIR", help="their references (default: tests/ two folders up)")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
-        print(f"check_oracle: skipped: no folder {args.folder}")
-        return 0
+        raise FileNotFoundError(f"--folder: no such folder: {args.folder}")
     differences = check_oracle(args.folder, args.references or args.folder / ".." / ".." / "tests")
     if not differences:
         print(f"check_oracle: error: {args.folder / 'published.tsv'} lists no system", file=sys.stderr)

@@ -30,7 +30,7 @@ USER_DIR = str(Path(__file__).resolve().parents[1] / "xmoe_fairseq")
 
 def loss_bits(checkpoint: str, args: argparse.Namespace) -> float:
     """Mean cross entropy of a target token of ``--gen-subset``, in bits."""
-    loaded = load(checkpoint, data=args.data, user_dir=USER_DIR, device=args.device)
+    loaded = load(checkpoint, data=args.data, user_dir=args.user_dir, device=args.device)
     corpus = binarised(loaded, args.gen_subset)
     with torch.no_grad():
         figures = evaluate(loaded, corpus, corpus.indices, max_tokens=args.max_tokens)
@@ -45,7 +45,7 @@ def translations(checkpoint: str, lines: Sequence[str], args: argparse.Namespace
         source_lang=args.source_lang,
         target_lang=args.target_lang,
         subwords=args.subwords,
-        user_dir=USER_DIR,
+        user_dir=args.user_dir,
         beam=args.beam,
         max_tokens=args.max_tokens,
         device=args.device,
@@ -100,6 +100,7 @@ def _parser() -> CommandParser:
     flag("--source-lang", required=True)
     flag("--target-lang", required=True)
     flag("--subwords", required=True)
+    flag("--user-dir", default=USER_DIR, help="package with the models (default: xmoe_fairseq)")
     flag("--source", required=True)
     flag("--references", required=True, nargs="+")
     flag("--gen-subset", default="valid", help="split of the binary data for the loss")

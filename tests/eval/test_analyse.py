@@ -104,7 +104,6 @@ def test_raw_text_gives_the_figures_of_the_binarised_set(analysis, arguments, ti
     [
         (["--checkpoint", "absent.pt"], "no such file or folder: absent.pt"),
         (["--source", "x"], "needs --references and --subwords"),
-        (["--explore", "-1"], "--explore (-1) must be at least 0"),
         (["--gen-subset", "absent"], "absent"),
     ],
 )
@@ -121,6 +120,7 @@ def test_bad_arguments_are_named(arguments, more, message, capsys, tmp_path):
     [
         (["--thresholds", "0.5,1.5"], "1.5 must be a probability mass"),
         (["--eval-capacity-factors", "0"], "must be > 0"),
+        (["--explore", "-1"], "--explore: must be 0 or more, got -1"),
     ],
 )
 def test_values_out_of_range_are_bad_arguments(arguments, more, message, capsys):
@@ -128,6 +128,16 @@ def test_values_out_of_range_are_bad_arguments(arguments, more, message, capsys)
         analyse.main([*arguments, *more])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_references_of_another_length_are_refused(arguments, tiny_model, tmp_path, capsys, change):
+    count = len(tiny_model.source) + change
+    (tmp_path / "test.en").write_text("one\n" * count)
+    output = tmp_path / "none.json"
+    assert analyse.main([*arguments, "--references", str(tmp_path / "test.en"), "--out", str(output)]) == 1
+    assert f"test.en has {count} lines, the test set {count - change} sentences" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_checkpoint_with_nan_or_cut_short_is_refused(arguments, tiny_model, tmp_path, capsys):

@@ -171,5 +171,5 @@ def test_check_oracle_finds_a_difference_and_its_absence(tmp_path, texts, capsys
     assert "1 of 1 systems within" in capsys.readouterr().out
     assert check_oracle.main(make_oracle(tmp_path, texts, bleu + 2e-6)) == 1
     assert "uk-en ours" in capsys.readouterr().err
-    assert check_oracle.main(["--folder", str(tmp_path / "absent")]) == 0
-    assert "skipped" in capsys.readouterr().out
+    assert check_oracle.main(["--folder", str(tmp_path / "absent")]) == 1
+    assert "no such folder" in capsys.readouterr().err
