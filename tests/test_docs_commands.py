@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 import xmoe_fairseq  # noqa: F401  registers architectures and criterions
 from tests.test_docs import PAGES, ROOT, page_text
 from xmoe_fairseq import cli
-from xmoe_fairseq.models.moe_args import moe_settings
+from xmoe_fairseq.moe_args import moe_settings
 
 TEXTS = [*PAGES, ROOT / "CHANGELOG.md"]
 YAMLS = sorted((ROOT / "train_configs").glob("*/*.yaml"))

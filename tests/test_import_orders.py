@@ -42,6 +42,22 @@ def test_checkpoints_of_fairseq_load_safely_without_fairseq(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_commands_that_read_files_alone_do_not_wait_for_fairseq():
+    modules = "eval.run_report, eval.run.resume, data_prep.lengths, xmoe_fairseq.checkpoints.average"
+    result = run(f"import sys, {modules}, xmoe_fairseq.checkpoints.inspect; sys.exit('fairseq' in sys.modules)")
+    assert result.returncode == 0, result.stderr
+
+
+@needs_fairseq
+def test_the_garbage_collector_works_after_the_import():
+    result = run(
+        "import gc, weakref, xmoe_fairseq, fairseq; assert gc.isenabled();"
+        "cycle = type('Node', (), {})(); cycle.self = cycle; left = weakref.ref(cycle); del cycle; gc.collect();"
+        "assert left() is None"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @needs_fairseq
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.models.tiny import EOS, PAD, TASK, sample, sentences, tiny_model
 from xmoe_fairseq.criterions.load_balance import LabelSmoothedLoadBalanceCriterion
-from xmoe_fairseq.models.moe_args import moe_settings
 from xmoe_fairseq.moe import MoELayer
+from xmoe_fairseq.moe_args import moe_settings
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "threshold": {},

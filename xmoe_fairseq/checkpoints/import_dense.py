@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ..command_line import CommandParser, command_parser, reports_errors
 from ..files import keep_inputs
-from ..models.moe_args import argument_type, moe_config, moe_places, moe_settings
 from ..moe import MoEConfig
 from ..moe.registry import ROUTERS, router_class
 from ..moe.settings import Setting, positive
+from ..moe_args import argument_type, moe_config, moe_places, moe_settings
 from .files import CheckpointError, State, load_checkpoint, save_checkpoint
 from .settings import converted, flat_settings
 from .structure import check_structure, describe_method

@@ -18,12 +18,12 @@ from fairseq.models import register_model, register_model_architecture
 from torch import Tensor
 
 from ..models.architectures import WMT23
-from ..models.moe_args import fill_moe_defaults
 from ..models.translation import MoETransformerModel
 from ..moe import MoELayer, RoutingPlan
 from ..moe.balance import first_choice_terms
 from ..moe.capacity import make_plan
 from ..moe.plan import Choices
+from ..moe_args import fill_moe_defaults
 
 ARCH = "xmoe_transformer_as_official"
 OLD_ARCH = "xmoe_transformer_as_released"  # the architecture's name in the last release, which checkpoints may hold

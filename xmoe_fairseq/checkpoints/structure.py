@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.moe_args import moe_config, moe_settings
 from ..moe.registry import LAYERS, ROUTERS
+from ..moe_args import moe_config, moe_settings
 from .files import CheckpointError, State
 
 Shape = tuple[int, ...]

@@ -16,8 +16,8 @@ from fairseq.models import register_model_architecture
 from fairseq.models.transformer import base_architecture as fairseq_transformer_defaults
 from fairseq.models.transformer_lm import base_lm_architecture as fairseq_lm_defaults
 
+from ..moe_args import fill_moe_defaults
 from . import language_model, translation  # noqa: F401  the models must be registered first
-from .moe_args import fill_moe_defaults
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from fairseq.models.transformer_lm import (
 from omegaconf import OmegaConf, open_dict
 
 from ..moe import record_plans
+from ..moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults
 from .int8 import hold_in_int8
-from .moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults
 from .stacks import MoEDecoder
 from .translation import MoETransformerConfig
 

@@ -8,9 +8,9 @@ from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from torch import Tensor, nn
 
+from ..moe_args import is_moe_layer, moe_config
 from ..patches import expert_parallel
 from .layers import CurrentTokens, MoEDecoderLayer, MoEEncoderLayer, source_mean
-from .moe_args import is_moe_layer, moe_config
 
 
 class _MoEStack:

@@ -9,8 +9,8 @@ from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 from ..moe import record_plans
+from ..moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults, moe_places, moe_settings
 from .int8 import hold_in_int8
-from .moe_args import add_moe_args, check_moe_names, check_supported, fill_moe_defaults, moe_places, moe_settings
 from .stacks import MoEDecoder, MoEEncoder
 
 

@@ -12,10 +12,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..moe import MoEConfig
-from ..moe.config import LAYER_SETTINGS
-from ..moe.registry import LAYERS, router_settings
-from ..moe.settings import Setting, at_least_one
+from .moe import MoEConfig
+from .moe.config import LAYER_SETTINGS
+from .moe.registry import LAYERS, router_settings
+from .moe.settings import Setting, at_least_one
 
 Place = tuple[str, int]
 
