@@ -10,12 +10,12 @@ from typing import Any
 
 from tabulate import tabulate
 
-from eval.perplexity import in_units_of_text, text_sizes
 from eval.run.figures import calibrations, kept_of_calibration, resolved_config, training_figures, versions
 from eval.run.report_text import routing_table, three_digits, write_report
 from eval.run.resume import changes
 from eval.run.training_log import read_records
 from eval.text import files
+from eval.text.units import in_units_of_text, text_sizes
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
 
 _ROUTED = "Of the averaged checkpoint, on the test set, as trained."

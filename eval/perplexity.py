@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -28,25 +26,8 @@ from eval.routing.forward_passes import evaluate, routing_settings
 from eval.routing.layers import moe_layers
 from eval.text import files
 from eval.text.loading import Loaded, load
+from eval.text.units import SPLITS, in_units_of_text, text_sizes
 from xmoe_fairseq.command_line import command_parser, parse_overrides, reports_errors
-
-SPLITS = ("train", "valid", "test")  # the order of the texts in text.json
-
-
-def text_sizes(data: str | Path) -> dict[str, dict[str, int]]:
-    """Split -> ``lines``, ``words`` and ``bytes`` of its text, line ends included; empty where the data hold none."""
-    path = Path(data) / "text.json"
-    return dict(zip(SPLITS, files.read_json(path)["texts"], strict=True)) if path.is_file() else {}
-
-
-def in_units_of_text(loss_bits: float, tokens: int, size: Mapping[str, int] | None) -> dict[str, float | None]:
-    """``word_perplexity`` and ``bits_per_byte`` of a loss in bits a token; None where the text's size is not known."""
-    if size is None:
-        return {"word_perplexity": None, "bits_per_byte": None}
-    bits = loss_bits * tokens
-    bits_per_word = bits / (size["words"] + size["lines"])
-    perplexity = 2**bits_per_word if bits_per_word < 1000 else math.inf
-    return {"word_perplexity": perplexity, "bits_per_byte": bits / size["bytes"]}
 
 
 def measure(

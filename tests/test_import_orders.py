@@ -43,7 +43,7 @@ def test_checkpoints_of_fairseq_load_safely_without_fairseq(tmp_path):
 
 
 def test_commands_that_read_files_alone_do_not_wait_for_fairseq():
-    modules = "eval.run_report, eval.run.resume, data_prep.lengths, xmoe_fairseq.checkpoints.average"
+    modules = "eval.run_report, eval.lm_report, data_prep.lengths, xmoe_fairseq.checkpoints.average"
     result = run(f"import sys, {modules}, xmoe_fairseq.checkpoints.inspect; sys.exit('fairseq' in sys.modules)")
     assert result.returncode == 0, result.stderr
 

@@ -44,9 +44,13 @@ WORDS = {
     "шість": "six",
     "сім": "seven",
 }
+# Hypotheses of a model that has seen 40 updates end at its last position, so few positions make short searches.
+POSITIONS = 64
 CONFIG = f"""{MODEL}
+  max_source_positions: {POSITIONS}
+  max_target_positions: {POSITIONS}
 common: {{log_interval: 4}}
-dataset: {{max_tokens: 200, num_workers: 0, required_batch_size_multiple: 1}}
+dataset: {{max_tokens: 48, num_workers: 0, required_batch_size_multiple: 1}}
 optimization: {{lr: [0.01], max_update: 40}}
 checkpoint: {{save_interval_updates: 4, keep_interval_updates: 3, no_epoch_checkpoints: true}}
 """
@@ -56,8 +60,8 @@ def write_corpus(folder: Path) -> None:
     chosen = random.Random(1)
     for split, lines in {"train": 60, "valid": 6, "test": 6}.items():
         rows = [chosen.choices(list(WORDS), k=chosen.randint(1, 5)) for _ in range(lines)]
-        # more subwords than a batch of the training takes, and than the model has positions
-        rows[-1] *= {"train": 60, "valid": 1, "test": 400}[split]
+        # more subwords than a batch of the training takes (57 of 48), and than the model has positions (75 of 64)
+        rows[-1] *= {"train": 7, "valid": 1, "test": 15}[split]
         sides = {
             "uk": [" ".join(row) for row in rows],
             "en": [" ".join(WORDS[word] for word in row) for row in rows],
@@ -222,8 +226,9 @@ def test_long_lines_and_missing_checkpoints_are_told_and_stop_nothing(life):
     data = seen["scores"]["data"]
     assert data["train_pairs"] == 60
     assert (data["lengths"]["train"]["left_out"], data["lengths"]["valid"]["left_out"]) == (1, 0)
-    assert (data["cut"]["lines"], data["cut"]["cut"], data["cut"]["max_length"]) == (6, 1, 1023)
-    assert "1 of 6 lines cut to 1023 subwords" in seen["first"][1]
+    assert 48 < max(data["lengths"]["train"]["longest"]) < POSITIONS, "the batch must be what leaves it out"
+    assert (data["cut"]["lines"], data["cut"]["cut"], data["cut"]["max_length"]) == (6, 1, POSITIONS - 1)
+    assert f"1 of 6 lines cut to {POSITIONS - 1} subwords" in seen["first"][1]
     averaged = seen["scores"]["averaged_from"]
     assert f"{len(averaged)} checkpoints instead of 9" in seen["first"][1]
     assert ", ".join(averaged) in seen["report"]
