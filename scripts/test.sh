@@ -40,12 +40,12 @@ shell_lint() {
         -exec shellcheck -x .ci/run {} +
 }
 
-run_pytest() { # run_pytest MARKER_EXPRESSION
+run_pytest() { # run_pytest MARKER_EXPRESSION [PYTEST_FLAG...]
     # One thread a process: the processes share the cores.
     local cores processes code=0
     cores=$(num_cores)
     processes=${XMOE_TEST_PROCESSES:-$((cores < 4 ? cores : 4))}
-    OMP_NUM_THREADS=1 python -m pytest -n "$processes" -m "$1" ${arguments[@]+"${arguments[@]}"} || code=$?
+    OMP_NUM_THREADS=1 python -m pytest -n "$processes" -m "$@" ${arguments[@]+"${arguments[@]}"} || code=$?
     # pytest's 5 is "no tests": a failure, unless the user's own arguments chose among them.
     ((code == 5 && ${#arguments[@]} > 0)) || return "$code"
 }
@@ -61,5 +61,6 @@ part 'unit tests' run_pytest 'not e2e and not slow'
 [[ -n $unit_only ]] || {
     # Last, and bare, so that the output ends with pytest's own summary.
     log 'end-to-end tests: start'
-    run_pytest 'e2e or slow'
+    # Each module in one process, since its tests share trainings; the modules in the order of tests/conftest.py.
+    run_pytest 'e2e or slow' --dist loadscope --no-loadscope-reorder
 }

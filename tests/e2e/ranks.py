@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimiser of a process imports it, which takes a second: once for all forks
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

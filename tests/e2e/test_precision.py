@@ -30,13 +30,13 @@ QUIET = QUIET.replace("lr: [0.01]", "lr: [0.003]").replace("max_tokens: 48", "ma
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Validation loss after 40 updates: with --amp of a run from raw text to scores, else of its training alone.
 
-    Checkpoints are float32 with each, so what follows the training is the same.
+    Checkpoints are float32 with each, so what follows the training is the same: test_run_pair.py has the rest of it.
     """
     folder = tmp_path_factory.mktemp("precision")
     write_corpus(folder)
     (folder / "tiny.yaml").write_text(QUIET)
     pipeline = Pipeline(folder)
-    code, errors, _ = pipeline.run("--set", *SETTINGS["float16"])
+    code, errors, _ = pipeline.run("--set", *SETTINGS["float16"], "--calibrate", "none", "--no-analysis")
     assert code == 0, errors
     assert pipeline.scores()["scores"]
     found = {"float16": loss_after_40(pipeline.out / "train.log")}
