@@ -52,7 +52,7 @@ class Search(NamedTuple):
 
 def generate(path: str, overrides: str, search: Search, options: argparse.Namespace) -> Run:
     """One run of fairseq-generate in a process of its own."""
-    command = [*fairseq("generate"), options.data, "--user-dir", USER_DIR, "--path", path, "--quiet"]
+    command = [*fairseq("generate"), options.data, "--user-dir", options.user_dir, "--path", path, "--quiet"]
     command += ["--beam", search.beam, "--batch-size", search.batch_size, "--required-batch-size-multiple", 1]
     command += ["--model-overrides", overrides, "--num-workers", 0]
     command += ["--cpu"] if options.device == "cpu" else []
@@ -121,6 +121,7 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="NAME=PATH[@OVERRIDES]")
     parser.flag("--data", type=Path, help="binary data with a test split")
+    parser.flag("--user-dir", default=str(USER_DIR), help="package with the models (default: xmoe_fairseq)")
     add("--random", type=Path, metavar="DIR", help="make models with random weights here (4.5 GB) and time those")
     add("--models", nargs="+", metavar="NAME", help="of the random models, the dense float32 one first (default: all)")
     add("--sentences", type=int, default=128, help="of the random test set (default 128)")

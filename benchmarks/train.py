@@ -73,7 +73,7 @@ def measure(arch: str, data: Path, options: argparse.Namespace) -> tuple[list[fl
         --max-tokens {options.max_tokens} --criterion label_smoothed_cross_entropy_with_load_balance
         --label-smoothing 0.1 --max-update {options.updates}
         --no-save --disable-validation --log-format json --log-interval 1 --num-workers 0"""
-    command = [sys.executable, "-c", TIMED_TRAIN, str(data), "--user-dir", str(USER_DIR), *flags.split()]
+    command = [sys.executable, "-c", TIMED_TRAIN, str(data), "--user-dir", options.user_dir, *flags.split()]
     command += ["--cpu"] if options.device == "cpu" else []
     command += options.extra
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -95,6 +95,8 @@ def _parser() -> CommandParser:
     parser.flag("--data", type=Path, help="folder of fairseq-preprocess (default: random sentences)")
     archs = ["dense_transformer_wmt23", "xmoe_transformer"]
     parser.add_argument("--archs", nargs="+", default=archs, metavar="NAME", help=f"default: {' '.join(archs)}")
+    own = "package with architectures of your own (default: xmoe_fairseq)"
+    parser.flag("--user-dir", default=str(USER_DIR), help=own)
     parser.add_argument("--updates", type=at_least(SKIPPED + 1), default=8, metavar="N", help="of a turn (default 8)")
     parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="turns (default 3)")
     parser.flag("--max-tokens", default=4096)

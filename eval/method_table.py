@@ -16,11 +16,12 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models import build_model
 from fairseq.modules import MultiheadAttention
+from fairseq.utils import import_user_module
 from tabulate import tabulate
 from torch import nn
 
 import xmoe_fairseq  # noqa: F401  registers the architectures
-from xmoe_fairseq.command_line import at_least, command_parser
+from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.models import architectures
 from xmoe_fairseq.models.architectures import ARCHITECTURES, Size
 from xmoe_fairseq.moe import MergedMoELayer, MoEConfig, MoELayer
@@ -161,6 +162,7 @@ def table(size: str, vocabulary: int, length: int) -> str:
     return tabulate(rows, _HEADERS, tablefmt="github", disable_numparse=True)
 
 
+@reports_errors("sizes")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("sizes", __doc__)
     parser.add_argument("--size", choices=sorted(SIZES), default="wmt23", help="default: %(default)s")
@@ -168,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.flag("--vocab-size", old="--vocabulary", type=at_least(5), default=32000, help=joined)
     length = "tokens of a sentence, for attention and MEO (default: %(default)s)"
     parser.add_argument("--length", type=at_least(1), default=32, help=length)
+    parser.flag("--user-dir", help="package with architectures of your own (register_moe)")
     args = parser.parse_args(argv)
+    import_user_module(args)
     print(table(args.size, args.vocab_size, args.length))
     return 0
 

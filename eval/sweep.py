@@ -35,7 +35,7 @@ class Point:
     """One setting and its measurements.
 
     Attributes:
-        threshold: None where every layer kept a threshold of its own.
+        threshold: None where the layers kept thresholds of their own, or have none.
         eval_capacity_factor: None is no capacity.
         nll: mean negative log probability of a target token, nats.
         perplexity: exp(nll).
@@ -103,7 +103,7 @@ def sweep(
             f"--thresholds has no effect on moe_router {config.router}; a top_k or switch checkpoint also runs with "
             "--model-overrides \"{'moe_router': 'threshold'}\""
         )
-    own = {layer.config.threshold for layer in layers.values()}
+    own = {layer.config.threshold if config.router == "threshold" else None for layer in layers.values()}
     pairs = itertools.product(
         thresholds or [own.pop() if len(own) == 1 else None], factors or [config.eval_capacity_factor]
     )

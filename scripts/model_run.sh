@@ -13,11 +13,11 @@
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 model_flags=(out config seed subwords:tool vocab-size average max-tokens device workers data-bin launcher:launcher_words
-    test-set 'set:overrides[]' 'calibrate:goals[]')
+    user-dir test-set 'set:overrides[]' 'calibrate:goals[]')
 model_switches=(dry-run data-only restart no-analysis)
 config='' seed=1 tool=sentencepiece vocab_size=8000 average=last:5 max_tokens=4096 device=auto workers=$(num_cores)
 data_bin='' test_set='' data_only='' restart='' no_analysis='' overrides=() goals=() launcher_words='' launcher=()
-task_words=() vocabulary=''
+user_dir=$root/xmoe_fairseq task_words=() vocabulary=''
 
 check_model_arguments() {
     local name
@@ -35,6 +35,7 @@ check_model_arguments() {
     [[ $device == auto || $device == cpu || $device == cuda ]] || die "--device is cpu, cuda or auto, got '$device'" 2
     [[ $config == *.yaml ]] || die "--config wants a file that ends in .yaml, got '$config'" 2
     [[ -f $config ]] || die "--config: no such file: '$config'; those that come with the project: $root/train_configs" 2
+    [[ -f $user_dir/__init__.py ]] || die "--user-dir wants a package, a folder with __init__.py, got '$user_dir'" 2
     for name in ${overrides[@]+"${overrides[@]}"}; do
         [[ $name =~ ^[a-z_]+(\.[a-z_0-9]+)+=.+ ]] ||
             die "--set wants GROUP.KEY=VALUE such as optimization.max_update=2000, got '$name'" 2
@@ -57,7 +58,6 @@ settle_model_arguments() {
     read -ra launcher <<<"$launcher_words"
     ((${#goals[@]})) || goals=(loss:0.01)
     [[ ${goals[*]} != none ]] || goals=()
-    user_dir=$root/xmoe_fairseq
     checkpoints=$out/checkpoints training_log=$out/train.log averaged=$checkpoints/averaged.pt calibrated=$out/calibrated
     analysis=$out/analysis.json evaluation=$out/evaluation.json
     calibrations=()

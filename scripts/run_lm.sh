@@ -27,6 +27,7 @@ binarise, train, average, evaluate, calibrate, analyse, report. Ends with DIR/re
   --device NAME           cpu, cuda or auto (default: auto; training uses all GPUs that CUDA_VISIBLE_DEVICES shows)
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
                           fairseq starts a process for each GPU by itself)
+  --user-dir DIR          a package of your own that imports xmoe_fairseq and brings a router or an architecture (docs/methods.md)
   --workers N             processes of binarising (default: the number of cores)
   --no-analysis           leave out analysis.json and report.html
   --data-only             stop before the training; needs no GPU
@@ -68,7 +69,7 @@ check_arguments() {
 }
 
 check_arguments
-for name in train valid test out config data_bin; do
+for name in train valid test out config data_bin user_dir; do
     [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
 done
 use_environment

@@ -33,6 +33,7 @@ translations in DIR/translations/test.TGT.
   --device NAME           cpu, cuda or auto (default: auto; training uses all GPUs that CUDA_VISIBLE_DEVICES shows)
   --launcher WORDS        what starts the training, e.g. "torchrun --nproc-per-node=4 --no-python" (default: nothing;
                           fairseq starts a process for each GPU by itself)
+  --user-dir DIR          a package of your own that imports xmoe_fairseq and brings a router or an architecture (docs/methods.md)
   --workers N             processes of binarising (default: the number of cores)
   --no-analysis           leave out analysis.json and report.html
   --corpora FILE          corpora.tsv of data_prep/download_wmt23.sh: the report says which corpora were left out
@@ -86,7 +87,7 @@ check_arguments() {
 
 check_arguments
 source_language=${pair%-*} target_language=${pair#*-}
-for name in train valid test out config data_bin subword_model corpora; do
+for name in train valid test out config data_bin subword_model corpora user_dir; do
     [[ -z ${!name} ]] || printf -v "$name" '%s' "$(absolute "${!name}")"
 done
 test_set=${test_set:-$(basename "$test")}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -205,6 +206,27 @@ def test_a_router_from_outside_the_package(pairs, tmp_path):
     described = analyse.describe(loaded)
     assert described["router_settings"] == {"moe_margin": 1.01}
     assert ["router settings", "moe_margin 1.01"] in summary([Run("own", {"checkpoint": described})])["rows"]
+
+
+@pytest.mark.e2e
+def test_a_package_of_ones_own_in_the_table_of_sizes_and_in_inspect(pairs, tmp_path):
+    """In processes of their own: the second one does not know the router."""
+    own = tmp_path / "own"
+    shutil.copytree(stock.ROOT / "tests" / "e2e" / "own_router", own)
+    with (own / "__init__.py").open("a") as file:
+        file.write("from xmoe_fairseq.models.architectures import TINY, register_moe\n")
+        file.write("register_moe('mine_tiny', TINY, 8, 256, 2.0, moe_router='above_average', moe_margin=1.5)\n")
+    environment = {**os.environ, "PYTHONPATH": str(stock.ROOT)}
+    command = [sys.executable, "-m", "eval.method_table", "--size", "tiny", "--user-dir", own]
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    assert re.search(r"\| `mine_tiny` +\| \S+M +\| \S+M +\| \S+M +\| \S+M +\| set by t +\| 1.000", printed)
+    state = torch.load(stock.train(pairs, "xmoe_transformer_tiny", tmp_path / "out"), weights_only=True)
+    state["cfg"]["model"].moe_router, state["cfg"]["model"].moe_margin = "above_average", [1.5, 1.25]
+    torch.save(state, tmp_path / "own.pt")
+    assert (
+        "above_average, 8 experts of 256, moe_margin [1.5, 1.25], gamma"
+        in inspect_checkpoint(tmp_path / "own.pt")["method"]
+    )
 
 
 @pytest.mark.e2e

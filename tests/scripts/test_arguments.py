@@ -46,6 +46,7 @@ def test_help_says_how_to_use_the_script(script):
         ({"pair": "en-en"}, "--pair wants two different languages, got 'en-en'"),
         ({"seed": "-1"}, "--seed wants a whole number of at least 0, got '-1'"),
         ({"beam": "0"}, "--beam wants a whole number of at least 1, got '0'"),
+        ({"user_dir": "nowhere"}, "--user-dir wants a package, a folder with __init__.py, got 'nowhere'"),
         ({"max_len_b": "0"}, "--max-len-a and --max-len-b are both 0"),
         ({"lenpen": "long"}, "--lenpen wants a number such as 1.0, got 'long'"),
         ({"average": "5"}, "--average wants last:N or best:N such as last:5, got '5'"),
@@ -122,6 +123,16 @@ def test_dry_run_prints_every_command_and_writes_nothing(tmp_path):
         assert part in result.stdout
     assert subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=False).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["run_pair.sh", "run_lm.sh"])
+def test_a_package_of_the_users_own_reaches_every_command_that_loads_a_model(tmp_path, script):
+    arguments = run_pair_arguments if script == "run_pair.sh" else run_lm_arguments
+    own = str(ROOT / "tests" / "e2e" / "own_router")
+    result = run_script(script, *arguments(tmp_path, device="cpu", user_dir=own), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert f"{ROOT}/xmoe_fairseq" not in result.stdout
+    assert result.stdout.count(own) == (6 if script == "run_pair.sh" else 4)
 
 
 def run_lm_arguments(folder: Path, **changed: str) -> list[str]:

@@ -172,11 +172,13 @@ def describe_method(settings: dict[str, Any]) -> str:
             return f"official fork's {settings['moe_type']} router; xmoe checkpoint import-official"
         return f"dense FFN {settings.get('encoder_ffn_embed_dim') or settings.get('decoder_ffn_embed_dim')}"
     settings = with_defaults(settings)
-    parts = ["merged experts" if settings["moe_merge_experts"] else settings["moe_router"]]
+    parts, known = ["merged experts" if settings["moe_merge_experts"] else settings["moe_router"]], moe_settings()
     parts.append(f"{settings['moe_num_experts']} experts of {settings['moe_expert_dim']}")
     router = ROUTERS.get(settings["moe_router"])
     described = [setting.describe(settings[setting.flat]) for setting in (router.settings if router else ())]
     parts += [text for text in described if text]
+    # of a router that is registered by a package of the user's own, and not here
+    parts += [f"{name} {value}" for name, value in settings.items() if name.startswith("moe_") and name not in known]
     parts.append(f"gamma {settings['moe_capacity_factor']} (inference {settings['moe_eval_capacity_factor']})")
     parts.append(f"sides {settings['moe_sides']}, every {settings['moe_interval']} layers")
     return ", ".join(parts)
