@@ -86,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
     logging.getLogger("fairseq").setLevel(logging.WARNING)
     page = build_page(args)
-    server = Server((args.host, args.port), page)
+    try:
+        server = Server((args.host, args.port), page)
+    except OSError as error:
+        way_out = "choose another --port (0 takes a free one) or --host"
+        raise ValueError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; {way_out}") from None
     host, port = server.server_address[:2]
     if not server.is_local:
         print(f"serve: warning: {args.host} is open to other machines; there is no password", file=sys.stderr)

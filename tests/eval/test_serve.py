@@ -112,6 +112,13 @@ def test_a_failure_inside_is_answered_without_its_details(server, monkeypatch):
     assert "division" not in text
 
 
+def test_an_address_that_is_taken_is_named(server, tiny_model, capsys):
+    port = server.server_address[1]
+    places = ["--data", str(tiny_model.data), "--subwords", str(tiny_model.subwords), "--port", str(port)]
+    assert serve.main(["--checkpoint", str(tiny_model.checkpoint), *places]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(tiny_model, tmp_path, capsys):
     assert serve.main(["--checkpoint", str(tmp_path / "no.pt")]) == 1
     assert "no such file" in capsys.readouterr().err

@@ -45,6 +45,7 @@ NAN, INF = float("nan"), float("inf")
         ),
         ({"compute": "gpu"}, r"moe_compute \('gpu'\) must be one of auto, triton, bmm, grouped, loop, masked"),
         ({"router": "thresold"}, r"moe_router 'thresold' is not known; choose one of adamoe, base, hash, .*--user-dir"),
+        ({"router": "hash", "hash_seed": 2**63}, r"moe_hash_seed \(9223372036854775808\) must be a whole number"),
         ({"router": "top_k"}, "moe_router top_k needs moe_top_k"),
         ({"router": "adamoe"}, "moe_router adamoe needs moe_top_k"),
         (

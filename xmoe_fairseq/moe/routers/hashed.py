@@ -36,6 +36,8 @@ class HashRouter(Router):
     settings = (
         Setting(
             *("hash_seed", int, 1, "seed of the hash router; each layer adds its index"),
+            check=lambda seed: abs(seed) < 2**62,
+            allowed="be a whole number whose size is below 2^62",
             in_layer=lambda seed, number: seed + number,  # another hash in every layer
             ignored_elsewhere=True,
         ),
