@@ -19,6 +19,7 @@ import sacrebleu
 from eval.text import files, metrics
 from eval.text.significance import METHODS, compare_systems, format_table
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
+from xmoe_fairseq.files import keep_inputs
 
 
 def _parse_systems(items: Sequence[str]) -> list[tuple[str, str]]:
@@ -73,6 +74,7 @@ def _compare_files(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.out:
+        keep_inputs(args.out, *args.references, *(path for _, path in _parse_systems(args.systems)))
         files.check_writable(args.out)
     report = _compare_files(args)
     if args.out:

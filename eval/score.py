@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from eval.text import files, metrics
 from eval.text.scoring import format_table, score_files
 from xmoe_fairseq.command_line import CommandParser, command_parser, reports_errors
+from xmoe_fairseq.files import keep_inputs
 
 
 def _parser() -> CommandParser:
@@ -38,6 +39,7 @@ def _parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.out:
+        keep_inputs(args.out, args.hypotheses, *args.references)
         files.check_writable(args.out)
     report = score_files(
         args.hypotheses,

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from eval import check_oracle, score
+from eval import check_oracle, compare, score
 from eval.text import metrics, scoring
 
 HYPOTHESES = [
@@ -138,6 +139,18 @@ def test_bad_input_stops_before_anything_is_overwritten(tmp_path, capsys, hypoth
     assert score.main([*map(str, line), "--target-lang", language]) == 1
     assert message in capsys.readouterr().err
     assert (tmp_path / "out.json").read_text() == "older"
+
+
+@pytest.mark.parametrize("main", [score.main, compare.main])
+def test_translations_are_not_replaced_by_their_scores(texts, capsys, main):
+    path = Path(texts[0])
+    before = path.read_bytes()
+    systems = ["--hypotheses", texts[0]]
+    if main is compare.main:
+        systems = ["--systems", f"a={texts[1]}", f"b={texts[0]}", "--method", "bootstrap"]
+    assert main([*map(str, systems), "--references", str(texts[1]), "--target-lang", "en", "--out", str(path)]) == 1
+    assert "is an input; give another name" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_resamples_without_any_match_have_an_interval_too():

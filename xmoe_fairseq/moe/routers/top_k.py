@@ -98,6 +98,7 @@ class SwitchRouter(TopKRouter):
 
     @classmethod
     def check(cls, config: MoEConfig) -> None:
+        super(TopKRouter, cls).check(config)  # without the checks of a k
         if config.top_k not in (None, 1):
             raise ValueError(
                 f"moe_router switch takes one expert a token, moe_top_k is {config.top_k}; "
