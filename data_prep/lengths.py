@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.index_files import line_lengths
 from data_prep.textio import DataError, language_pair
 from xmoe_fairseq.command_line import at_least, command_parser, reports_errors
 from xmoe_fairseq.files import open_aside
@@ -35,8 +34,14 @@ class Lengths:
 
 
 def sizes(data: Path, split: str, pair: Sequence[str], side: int) -> np.ndarray:
-    """Subwords of each line, end mark included. Raises: FileNotFoundError if the split is not there; DataError."""
-    return line_lengths(data / f"{split}.{'-'.join(pair)}.{pair[side]}")
+    """Subwords of each line, end mark included. Raises: DataError if the split is not there."""
+    from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+    prefix = data / f"{split}.{'-'.join(pair)}.{pair[side]}"
+    if not MMapIndexedDataset.exists(str(prefix)):
+        raise DataError(f"{prefix}.idx: no such file; it is written by fairseq-preprocess")
+    dataset = MMapIndexedDataset(str(prefix))
+    return np.array(dataset.sizes)  # a copy: ``sizes`` is a view of memory that the dataset unmaps when it goes
 
 
 def check_split(

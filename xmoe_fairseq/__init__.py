@@ -4,9 +4,6 @@ Both happen as soon as fairseq and torch are imported, before or after this pack
 (``xmoe_fairseq.moe``) never imports fairseq, and commands that need neither start at once.
 """
 
-import gc
-import sys
-
 from ._when_imported import when_imported
 
 __version__ = "0.1.0"
@@ -23,10 +20,6 @@ def _register_with_fairseq() -> None:
     from .checkpoints import official  # noqa: F401  registers --arch xmoe_transformer_as_official
 
     patches.install()
-    # Modules stay to the end: no collection has to walk them, least of all the last ones of the process. A Triton among
-    # them would complain at that end about what was never collected.
-    if "triton" not in sys.modules:
-        gc.freeze()
 
 
 when_imported("torch", _allow_checkpoint_types)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_prep.index_files import line_lengths
 from eval.text import files
 
 _SOURCE = re.compile(r"S-(\d+)\t(.*)")
@@ -16,7 +15,12 @@ _HYPOTHESIS = re.compile(r"H-(\d+)\t[^\t]*\t(.*)")
 
 def count_pairs(data: str | Path, pair: str) -> int:
     """Pairs of the training split of a folder of fairseq-preprocess. Raises: FileNotFoundError if there is none."""
-    return len(line_lengths(Path(data, f"train.{pair}.{pair.split('-')[0]}")))
+    from fairseq.data.indexed_dataset import MMapIndexedDataset
+
+    prefix = Path(data, f"train.{pair}.{pair.split('-')[0]}")
+    if not MMapIndexedDataset.exists(str(prefix)):
+        raise FileNotFoundError(f"no such file: {prefix}.idx; it is written by fairseq-preprocess")
+    return len(MMapIndexedDataset(str(prefix)))
 
 
 def data_figures(

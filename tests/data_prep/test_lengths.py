@@ -52,15 +52,3 @@ def test_what_would_end_the_training_stops_before_it(check, capsys, train, valid
     code, found = check(train, valid, "--max-source-positions", "10", "--batch-tokens", "8")
     assert (code, found) == (1, None)
     assert message in capsys.readouterr().err
-
-
-def test_a_broken_index_is_refused_by_name(check, tmp_path, capsys):
-    assert check([5, 6], [4])[0] == 0
-    index = tmp_path / "train.uk-en.uk.idx"
-    whole = index.read_bytes()
-    for broken, said in ((whole[:30], "ends before its 2 lines do"), (b"TNTIDX" + whole, "not an index")):
-        index.write_bytes(broken)
-        assert module.main(["--data", str(tmp_path), "--pair", "uk-en"]) == 1
-        told = capsys.readouterr().err
-        assert str(index) in told
-        assert said in told
