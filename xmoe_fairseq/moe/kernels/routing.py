@@ -114,12 +114,8 @@ def _route_few(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     # tensors whose size depends on T are not parts of one buffer: a kernel is compiled anew for other alignments
-    token_R, tile_N3, row_TK, count_T = (
-        ints(bounds.rows),
-        ints(bounds.tiles, 3),
-        ints(num_tokens, most),
-        ints(num_tokens),
-    )
+    token_R, tile_N3 = ints(bounds.rows), ints(bounds.tiles, 3)
+    row_TK, count_T = ints(num_tokens, most), ints(num_tokens)
     row_end_E, weight_R = ints(num_experts), torch.empty(bounds.rows, device=device)
     counts = torch.empty(2 * num_experts + 1, dtype=torch.int64, device=device)
     count_E, wanted_E, num_real = counts.split([num_experts, num_experts, 1])
