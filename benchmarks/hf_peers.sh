@@ -44,7 +44,7 @@ make_environment() {
     "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
         die "$base is not Python 3.10 to 3.12; name one: XMOE_PYTHON=/path/to/python3.11 bash benchmarks/hf_peers.sh"
     log "make $venv (torch is the large part)"
-    "$base" -m venv --clear "$venv" || die "could not make $venv"
+    new_venv "$base" "$venv" XMOE_HF_VENV || die "could not make $venv"
     printf '%s\n' "$pins" >"$venv/requirements.txt"
     "$python" -m pip install --disable-pip-version-check --progress-bar off --quiet -r "$venv/requirements.txt" ||
         die "could not install the pins of $venv/requirements.txt (the reason is above); the same command tries again"

@@ -46,6 +46,8 @@ subwords=${subwords:-$([[ -n $train ]] && echo subword-nmt || echo gpt2)}
 [[ $subwords == gpt2 || $subwords == subword-nmt ]] || die "--subwords is gpt2 or subword-nmt, got '$subwords'" 2
 out=$(absolute "$out")
 [[ -z $gpt2_files ]] || gpt2_files=$(absolute "$gpt2_files")
+[[ ! -e $out/bin || -s $out/bin/dict.txt ]] ||
+    die "--out: $out/bin has no dict.txt, so it is no data of this script, which would replace it; give another DIR" 2
 gpt2=${gpt2_files:-$out/gpt2}
 text=$out/text encoded=$out/encoded.$subwords
 [[ $subwords == gpt2 ]] || encoded+=.$merges

@@ -112,6 +112,16 @@ absolute() { # absolute PATH: the path from the root of the file system; it need
     case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s/%s\n' "$PWD" "$1" ;; esac
 }
 
+new_venv() { # new_venv INTERPRETER DIR VARIABLE: an environment without packages; files that are not ours are refused
+    local clear=()
+    if compgen -G "$2/.xmoe*" >/dev/null; then
+        clear=(--clear)
+    elif [[ -d $2 && -n $(ls -A "$2") ]]; then
+        die "$2 has files and was not made by this project; remove it, or name another place: $3=DIR"
+    fi
+    "$1" -m venv ${clear[@]+"${clear[@]}"} "$2" && : >"$2/.xmoe"
+}
+
 venv_place() { absolute "${XMOE_VENV:-$root/.venv}"; }
 
 # Puts the environment of scripts/setup.sh first in PATH; without one, fairseq's commands must be there already.

@@ -63,7 +63,7 @@ make_venv() {
         return
     fi
     interpreter=$(find_python)
-    step "make $venv with $("$interpreter" -c "$version_of")" "$interpreter" -m venv --clear "$venv"
+    step "make $venv with $("$interpreter" -c "$version_of")" new_venv "$interpreter" "$venv" XMOE_VENV
 }
 
 stamp_text() { # stamp_text FILE...: what the environment was made from

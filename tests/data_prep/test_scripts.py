@@ -189,3 +189,13 @@ def test_checksums_find_a_changed_file(tmp_path):
     refused = shell("checksums.sh", "--out", tmp_path / "note.tsv", tmp_path / "empty")
     assert refused.returncode == 1
     assert (tmp_path / "note.tsv").read_text().startswith("2\t8\t")  # the older note stays
+
+
+def test_a_folder_bin_that_is_no_data_is_never_replaced(tmp_path):
+    kept = tmp_path / "bin" / "tool"
+    kept.parent.mkdir()
+    kept.write_text("precious")
+    refused = shell("wikitext103.sh", "--out", tmp_path)
+    assert refused.returncode == 2
+    assert f"{tmp_path}/bin has no dict.txt" in refused.stderr
+    assert kept.read_text() == "precious"

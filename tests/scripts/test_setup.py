@@ -92,3 +92,24 @@ def test_an_unsupported_python_is_refused_with_the_way_out(project):
     assert f"Python 3.10, 3.11 or 3.12 is needed, but {old} is 3.9.18" in result.stderr
     assert "XMOE_PYTHON=/path/to/python3.11 bash scripts/setup.sh" in result.stderr
     assert not (folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_only_an_environment_of_the_script_is_emptied(project, ours):
+    """Another Python is asked for; the stand-in for it makes no environment."""
+    folder, run = project
+    kept = folder / ".venv" / "of-the-user"
+    kept.write_text("precious")
+    (folder / ".venv" / "bin" / "python").unlink()
+    if ours:
+        (folder / ".venv" / ".xmoe").touch()
+    other = folder / "python3.11"
+    other.write_text(f'#!/usr/bin/env bash\n[[ $2 != venv ]] || echo "$*" >>{folder}/venv.log\n[[ $2 != venv ]]\n')
+    other.chmod(0o755)
+    result, calls = run(XMOE_PYTHON=str(other))
+    assert (result.returncode, calls, kept.read_text()) == (1, [], "precious")
+    if ours:
+        assert (folder / "venv.log").read_text() == f"-m venv --clear {folder}/.venv\n"
+    else:
+        assert not (folder / "venv.log").exists()
+        assert "was not made by this project; remove it, or name another place: XMOE_VENV=DIR" in result.stderr
