@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         way_out = "choose another --port (0 takes a free one) or --host"
         raise ValueError(f"cannot listen on {args.host}:{args.port}: {error.strerror}; {way_out}") from None
-    host, port = server.server_address[:2]
+    host, port = (f"[{part}]" if ":" in str(part) else part for part in server.server_address[:2])
     if not server.is_local:
         print(f"serve: warning: {args.host} is open to other machines; there is no password", file=sys.stderr)
     print(f"serve: open http://{host}:{port} (Ctrl-C ends)", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import secrets
+import socket
 import threading
 import time
 from collections import deque
@@ -268,6 +269,8 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], page: Page) -> None:
         self.page = page
         self.is_local = address[0] in _LOOPBACK
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         super().__init__(address, Handler)
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 
 import pytest
@@ -46,6 +47,18 @@ def test_a_sentence_is_translated_with_its_routing_and_cost(server, tiny_model):
     assert answer["flops"] == pytest.approx(answer["used"] * 16 / 32)
     assert answer["moe_flops"] > 0
     assert answer["milliseconds"] > 0
+
+
+def test_it_listens_on_the_loopback_address_of_ipv6_too(server):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with serve.Server(("::1", 0), server.page) as other:
+        threading.Thread(target=other.handle_request, daemon=True).start()
+        connection = http.client.HTTPConnection(*other.server_address[:2], timeout=60)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
 
 
 def test_the_sliders_change_the_routing_of_this_request_only(server, tiny_model):
