@@ -29,7 +29,6 @@ def route_few(
         x: (T, D). weight: (G, D). padding: bool (T,), read if HAS_PADDING.
         most: most gates of a token. most_true: K of row_TK (T, K). The others are as in these kernels.
     """
-    # one function: every line works on the same tile, in registers
     token, gate = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_G)
     is_token, is_gate, is_true = token < num_tokens, gate < num_gates, gate < num_experts
     is_real = is_real_token(padding, token, is_token, HAS_PADDING)
@@ -49,6 +48,27 @@ def route_few(
     tl.store(count_E + gate, count.to(tl.int64), mask=is_true)
     tl.store(wanted_E + gate, count.to(tl.int64), mask=is_true)
     tl.store(row_end_E + gate, end, mask=is_true)
+    _store_tiles(tile_N3, gate, count, first, end, max_tiles, TILE_ROWS, BLOCK_G)
+
+    row = first[None, :] + tl.cumsum(kept, axis=0) - kept
+    row_weight = prob
+    if NORMALIZE:
+        chosen_mass = tl.sum(tl.where(kept != 0, prob, 0.0), axis=1)
+        row_weight = prob / tl.where(chosen_mass > LEAST_MASS, chosen_mass, 1.0)[:, None]
+    tl.store(token_R + row, token[:, None] + tl.zeros_like(row), mask=kept != 0)
+    tl.store(weight_R + row, row_weight, mask=kept != 0)
+    tl.store(row_TK + token[:, None] * most_true + tl.cumsum(kept, axis=1) - kept, row, mask=kept != 0)
+    tl.store(count_T + token, tl.sum(kept, axis=1), mask=is_token)
+
+    _store_sums(
+        prob, log_mass, entropy, key, chosen, is_real, is_gate, is_true, gate,
+        load_G, coefficient_G, prob_sum_G, totals, real_count, num_gates, num_experts, LOAD_OF_ALL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_tiles(tile_N3, gate, count, first, end, max_tiles, TILE_ROWS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Tiles of TILE_ROWS rows of each expert; behind them equal rows, which are no tile."""
     tiles = (count + TILE_ROWS - 1) // TILE_ROWS
     first_tile = tl.cumsum(tiles, axis=0) - tiles
     for number in range(tl.max(tiles, axis=0)):
@@ -61,16 +81,13 @@ def route_few(
         tl.store(tile_N3 + 3 * (start + gate) + 1, none, mask=start + gate < max_tiles)
         tl.store(tile_N3 + 3 * (start + gate) + 2, none, mask=start + gate < max_tiles)
 
-    row = first[None, :] + tl.cumsum(kept, axis=0) - kept
-    row_weight = prob
-    if NORMALIZE:
-        chosen_mass = tl.sum(tl.where(kept != 0, prob, 0.0), axis=1)
-        row_weight = prob / tl.where(chosen_mass > LEAST_MASS, chosen_mass, 1.0)[:, None]
-    tl.store(token_R + row, token[:, None] + tl.zeros_like(row), mask=kept != 0)
-    tl.store(weight_R + row, row_weight, mask=kept != 0)
-    tl.store(row_TK + token[:, None] * most_true + tl.cumsum(kept, axis=1) - kept, row, mask=kept != 0)
-    tl.store(count_T + token, tl.sum(kept, axis=1), mask=is_token)
 
+@triton.jit
+def _store_sums(
+    prob, log_mass, entropy, key, chosen, is_real, is_gate, is_true, gate,
+    load_G, coefficient_G, prob_sum_G, totals, real_count, num_gates, num_experts, LOAD_OF_ALL: tl.constexpr,
+):  # fmt: skip
+    """Sums over tokens for the losses and statistics."""
     num_real = tl.sum(is_real.to(tl.int32), axis=0)
     tokens = tl.maximum(num_real.to(tl.float32), 1.0)
     if LOAD_OF_ALL:

@@ -112,21 +112,10 @@ def select(
         )
         return
     column = gate.to(tl.int64) * num_tokens
-    wanted = tl.zeros((), tl.int32)
-    load, prob_sum = tl.zeros((), tl.int32), 0.0
-    for start in range(NUM_BLOCKS):
-        token = start * BLOCK_T + block
-        rank = tl.load(rank_GT + column + token, mask=token < num_tokens, other=-1)
-        wanted += tl.sum((rank >= 0).to(tl.int32), axis=0)
-        load += tl.sum((rank == 0).to(tl.int32), axis=0)
-        if HAS_PROB:
-            prob_sum += tl.sum(tl.load(prob_GT + column + token, mask=token < num_tokens, other=0.0), axis=0)
-    if HAS_PROB:
-        counted = (wanted if LOAD_OF_ALL else load).to(tl.float32)
-        tokens = tl.maximum(num_real.to(tl.float32), 1.0)
-        tl.store(load_G + gate, counted)
-        tl.store(coefficient_G + gate, counted * (num_gates / (tokens * tokens)))
-        tl.store(prob_sum_G + gate, prob_sum)
+    wanted = _sums_of_gate(
+        rank_GT, prob_GT, load_G, coefficient_G, prob_sum_G, gate, num_real, num_tokens, num_gates,
+        LOAD_OF_ALL, HAS_PROB, BLOCK_T, NUM_BLOCKS,
+    )  # fmt: skip
     if gate >= num_experts:
         return
     served = wanted
@@ -152,6 +141,31 @@ def select(
     below = _count(rank_GT, score_GT, column, num_tokens, last, bits - 1, False, BLOCK_T, NUM_BLOCKS)
     tl.store(cut_E + gate, (last.to(tl.int64) << 31) | bits.to(tl.int64))
     tl.store(ties_E + gate, missing - below)
+
+
+@triton.jit
+def _sums_of_gate(
+    rank_GT, prob_GT, load_G, coefficient_G, prob_sum_G, gate, num_real, num_tokens, num_gates,
+    LOAD_OF_ALL: tl.constexpr, HAS_PROB: tl.constexpr, BLOCK_T: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The number of tokens that want a gate; HAS_PROB: what the balance loss needs of it is stored."""
+    column = gate.to(tl.int64) * num_tokens
+    wanted = tl.zeros((), tl.int32)
+    load, prob_sum = tl.zeros((), tl.int32), 0.0
+    for start in range(NUM_BLOCKS):
+        token = start * BLOCK_T + tl.arange(0, BLOCK_T)
+        rank = tl.load(rank_GT + column + token, mask=token < num_tokens, other=-1)
+        wanted += tl.sum((rank >= 0).to(tl.int32), axis=0)
+        load += tl.sum((rank == 0).to(tl.int32), axis=0)
+        if HAS_PROB:
+            prob_sum += tl.sum(tl.load(prob_GT + column + token, mask=token < num_tokens, other=0.0), axis=0)
+    if HAS_PROB:
+        counted = (wanted if LOAD_OF_ALL else load).to(tl.float32)
+        tokens = tl.maximum(num_real.to(tl.float32), 1.0)
+        tl.store(load_G + gate, counted)
+        tl.store(coefficient_G + gate, counted * (num_gates / (tokens * tokens)))
+        tl.store(prob_sum_G + gate, prob_sum)
+    return wanted
 
 
 @triton.jit
